@@ -1,0 +1,101 @@
+//! The backends of Burn, each with the best form of the operations that it has.
+
+use burn::tensor::{Int, Tensor};
+use burn_autodiff::{Autodiff, checkpoint::strategy::CheckpointStrategy};
+
+use super::{AttentionBackend, DecodeOperands, DecodeProblem};
+
+/// Traces the plain form of `attend`; decoding has no gradient and runs on the inner backend.
+impl<B: AttentionBackend, C: CheckpointStrategy> AttentionBackend for Autodiff<B, C> {
+    fn decode(
+        operands: DecodeOperands<Self>,
+        problem: &DecodeProblem,
+    ) -> (Tensor<Self, 3>, Tensor<Self, 2>) {
+        let inner = DecodeOperands {
+            q: operands.q.inner(),
+            row: operands.row.inner(),
+            gates: operands.gates.map(Tensor::inner),
+            pool: operands.pool.inner(),
+            table: operands.table.inner(),
+        };
+        let (out, pool) = B::decode(inner, problem);
+        (Tensor::from_inner(out), Tensor::from_inner(pool))
+    }
+
+    fn write_slots(
+        pool: Tensor<Self, 2>,
+        slots: Tensor<Self, 1, Int>,
+        rows: Tensor<Self, 2>,
+    ) -> Tensor<Self, 2> {
+        Tensor::from_inner(B::write_slots(pool.inner(), slots.inner(), rows.inner()))
+    }
+}
+
+#[cfg(feature = "ndarray")]
+impl AttentionBackend for burn_ndarray::NdArray<f32> {}
+
+#[cfg(feature = "ndarray")]
+impl AttentionBackend for burn_ndarray::NdArray<f64> {}
+
+#[cfg(feature = "tch")]
+impl<E: burn_tch::TchElement> AttentionBackend for burn_tch::LibTorch<E> {}
+
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+impl<R, F, I, BT> AttentionBackend for burn_cubecl::CubeBackend<R, F, I, BT>
+where
+    R: burn_cubecl::CubeRuntime,
+    F: burn_cubecl::FloatElement,
+    I: burn_cubecl::IntElement,
+    BT: burn_cubecl::BoolElement,
+{
+}
+
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+impl<B: burn_fusion::FusionBackend> AttentionBackend for burn_fusion::Fusion<B> {}
+
+#[cfg(feature = "flex")]
+mod flex {
+    use burn::tensor::{DType, Element, TensorPrimitive};
+    use burn_flex::{Flex, FlexTensor};
+
+    use super::{AttentionBackend, Int, Tensor};
+
+    impl AttentionBackend for Flex {
+        /// Writes rows straight into the pool's storage: Flex's own scatter copies the whole pool.
+        fn write_slots(
+            pool: Tensor<Self, 2>,
+            slots: Tensor<Self, 1, Int>,
+            rows: Tensor<Self, 2>,
+        ) -> Tensor<Self, 2> {
+            let [_, width] = pool.dims();
+            let pool = pool.into_primitive().tensor();
+            let rows = rows.into_primitive().tensor().to_contiguous();
+            let slots = slots.into_primitive().to_contiguous();
+            let slots: Vec<usize> = match slots.dtype() {
+                DType::I64 => slots.storage::<i64>().iter().map(|x| *x as usize).collect(),
+                _ => slots.storage::<i32>().iter().map(|x| *x as usize).collect(),
+            };
+            let pool = match rows.dtype() {
+                DType::F64 => write::<f64>(pool, &slots, &rows, width),
+                DType::F16 => write::<burn::tensor::f16>(pool, &slots, &rows, width),
+                DType::BF16 => write::<burn::tensor::bf16>(pool, &slots, &rows, width),
+                _ => write::<f32>(pool, &slots, &rows, width),
+            };
+            Tensor::from_primitive(TensorPrimitive::Float(pool))
+        }
+    }
+
+    fn write<E: Element + bytemuck::Pod>(
+        pool: FlexTensor,
+        slots: &[usize],
+        rows: &FlexTensor,
+        width: usize,
+    ) -> FlexTensor {
+        let mut pool = pool.to_contiguous();
+        let target = pool.storage_mut::<E>();
+        for (slot, row) in slots.iter().zip(rows.storage::<E>().chunks_exact(width)) {
+            target[slot * width..][..width].copy_from_slice(row);
+        }
+        pool
+    }
+}

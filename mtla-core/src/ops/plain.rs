@@ -1,0 +1,323 @@
+//! The plain tensor forms of the operations: any backend, differentiable where its tensors are.
+//!
+//! They are exact and readable rather than fast; they are also what faster forms are tested against.
+
+use burn::tensor::{
+    DType, FloatDType, IndexingUpdateOp, Int, Tensor, TensorData, activation::softmax,
+    backend::Backend,
+};
+
+use super::{
+    AttendOperands, AttendProblem, AttentionBackend, DecodeOperands, DecodeProblem, SlotLayout,
+    Visibility,
+};
+use crate::temporal::apply_folded_gate;
+
+/// Additive terms on the scores, for masks of the caller's: `columns [1|batch, 1, queries, columns]` and
+/// `self_term [1|batch, 1, queries, 1]`.
+#[derive(Debug, Clone)]
+pub struct Bias<B: Backend> {
+    /// Added to the scores of the columns.
+    pub columns: Option<Tensor<B, 4>>,
+    /// Added to the score of the self term.
+    pub self_term: Option<Tensor<B, 4>>,
+}
+
+/// What a masked score is set to: far below any score, but finite, so that a row with nothing visible
+/// gives numbers without meaning instead of NaN, and a zero cotangent stays zero.
+const MASKED: f64 = -1e30;
+
+/// [`AttentionBackend::attend`] in tensor operations.
+///
+/// # Panics
+/// If the operands do not fit the problem.
+pub fn attend<B: Backend>(operands: AttendOperands<B>, problem: &AttendProblem) -> Tensor<B, 4> {
+    attend_with(operands, problem, None).0
+}
+
+/// [`attend`] with additive masks, returning the attention weights before dropout as well:
+/// `[batch, heads, queries, columns (+ 1 with a self term)]`.
+///
+/// # Panics
+/// If the operands do not fit the problem.
+pub fn attend_with<B: Backend>(
+    operands: AttendOperands<B>,
+    problem: &AttendProblem,
+    bias: Option<Bias<B>>,
+) -> (Tensor<B, 4>, Tensor<B, 4>) {
+    let AttendOperands {
+        q,
+        columns,
+        self_term,
+    } = operands;
+    let dims = |kv: &super::KeyValue<B>| (kv.k.dims(), kv.v.dims());
+    problem
+        .validate(
+            q.dims(),
+            columns.as_ref().map(dims),
+            self_term.as_ref().map(dims),
+        )
+        .unwrap_or_else(|error| panic!("attend: {error}"));
+    let (device, dtype) = (q.device(), q.dtype());
+    let p = problem;
+    let (b, h, t, g) = (p.batch, p.heads, p.queries, p.kv_heads);
+    let group = h / g;
+    // Heads that share keys are one longer run of queries: no key or value is repeated.
+    let q = q
+        .mul_scalar(p.scale)
+        .reshape([b, g, group * t, p.key_width]);
+
+    let (column_bias, self_bias) = bias.map_or((None, None), |x| (x.columns, x.self_term));
+    let mut scores = Vec::with_capacity(2);
+    if let Some(kv) = &columns {
+        let s = q.clone().matmul(kv.k.clone().swap_dims(2, 3));
+        let s = widen(s.reshape([b, h, t, p.columns]));
+        scores.push(add_mask(s, column_mask(p, &device), column_bias));
+    }
+    if let Some(kv) = &self_term {
+        let q = q.reshape([b, g, group, t, p.key_width]);
+        let k = kv.k.clone().reshape([b, g, 1, t, p.key_width]);
+        let s = widen((q * k).sum_dim(4).reshape([b, h, t, 1]));
+        scores.push(add_mask(s, self_mask(p, &device), self_bias));
+    }
+    let weights = softmax(Tensor::cat(scores, 3), 3);
+    let mut kept = weights.clone();
+    if let Some(dropout) = &p.dropout {
+        kept = kept.clone() * dropout.mask(kept.dims(), kept.dtype(), &device);
+    }
+    let kept = to_dtype(kept, dtype);
+
+    let from_columns = columns.map(|kv| {
+        let w = kept.clone().narrow(3, 0, p.columns);
+        w.reshape([b, g, group * t, p.columns])
+            .matmul(kv.v)
+            .reshape([b, h, t, p.value_width])
+    });
+    let from_self = self_term.map(|kv| {
+        let w = kept.narrow(3, p.columns, 1).reshape([b, g, group, t, 1]);
+        (w * kv.v.reshape([b, g, 1, t, p.value_width])).reshape([b, h, t, p.value_width])
+    });
+    let out = match (from_columns, from_self) {
+        (Some(x), Some(y)) => x + y,
+        (Some(x), None) | (None, Some(x)) => x,
+        (None, None) => unreachable!("the problem was validated"),
+    };
+    (out, to_dtype(weights, dtype))
+}
+
+fn add_mask<B: Backend>(
+    scores: Tensor<B, 4>,
+    hidden: Option<Tensor<B, 4, burn::tensor::Bool>>,
+    bias: Option<Tensor<B, 4>>,
+) -> Tensor<B, 4> {
+    let shape = scores.shape();
+    let scores = match bias {
+        // A caller's mask may hold −∞.
+        Some(bias) => (scores + widen(bias)).clamp_min(MASKED),
+        None => scores,
+    };
+    match hidden {
+        Some(hidden) => scores.mask_fill(hidden.expand(shape), MASKED),
+        None => scores,
+    }
+}
+
+/// True where a column is hidden from a query, `[1|batch, 1, queries, columns]`.
+fn column_mask<B: Backend>(
+    p: &AttendProblem,
+    device: &B::Device,
+) -> Option<Tensor<B, 4, burn::tensor::Bool>> {
+    let columns = Tensor::<B, 1, Int>::arange(0..p.columns as i64, device);
+    match &p.visibility {
+        Visibility::Causal { stride, offsets } => {
+            let last_token = columns
+                .mul_scalar(*stride as i64)
+                .add_scalar(*stride as i64 - 1);
+            let last_token = last_token.reshape([1, 1, 1, p.columns]);
+            let token =
+                tokens(p, offsets, device).expand([row_count(offsets), 1, p.queries, p.columns]);
+            Some(token.clone().lower(last_token.expand(token.shape())))
+        }
+        Visibility::Prefix { lengths } => {
+            if lengths.iter().all(|n| *n == p.columns) {
+                return None;
+            }
+            let rows = lengths.len();
+            let lengths = ints::<B>(lengths, device).reshape([rows, 1, 1, 1]);
+            let columns = columns
+                .reshape([1, 1, 1, p.columns])
+                .expand([rows, 1, 1, p.columns]);
+            Some(
+                columns
+                    .clone()
+                    .greater_equal(lengths.expand(columns.shape())),
+            )
+        }
+    }
+}
+
+/// True where a query ends a chunk (its state is a column already), `[1|batch, 1, queries, 1]`.
+fn self_mask<B: Backend>(
+    p: &AttendProblem,
+    device: &B::Device,
+) -> Option<Tensor<B, 4, burn::tensor::Bool>> {
+    match &p.visibility {
+        Visibility::Causal { stride, offsets } => {
+            let token = tokens::<B>(p, offsets, device);
+            let stride = *stride as i64;
+            Some(token.remainder_scalar(stride).equal_elem(stride - 1))
+        }
+        Visibility::Prefix { .. } => None,
+    }
+}
+
+/// The absolute index of each query, `[1|batch, 1, queries, 1]`; one row where all rows are alike.
+fn tokens<B: Backend>(
+    p: &AttendProblem,
+    offsets: &[usize],
+    device: &B::Device,
+) -> Tensor<B, 4, Int> {
+    let rows = row_count(offsets);
+    let query = Tensor::<B, 1, Int>::arange(0..p.queries as i64, device);
+    let query = query
+        .reshape([1, 1, p.queries, 1])
+        .expand([rows, 1, p.queries, 1]);
+    let offset = ints::<B>(&offsets[..rows], device).reshape([rows, 1, 1, 1]);
+    query.clone() + offset.expand(query.shape())
+}
+
+fn row_count(per_row: &[usize]) -> usize {
+    if per_row.iter().all(|x| *x == per_row[0]) {
+        1
+    } else {
+        per_row.len()
+    }
+}
+
+fn ints<B: Backend>(values: &[usize], device: &B::Device) -> Tensor<B, 1, Int> {
+    let values: Vec<i64> = values.iter().map(|x| *x as i64).collect();
+    let length = values.len();
+    Tensor::from_data(TensorData::new(values, [length]), device)
+}
+
+/// Softmax runs in 32 bits at least.
+fn widen<B: Backend, const D: usize>(x: Tensor<B, D>) -> Tensor<B, D> {
+    match x.dtype() {
+        DType::F16 | DType::BF16 => x.cast(FloatDType::F32),
+        _ => x,
+    }
+}
+
+pub(crate) fn to_dtype<B: Backend, const D: usize>(x: Tensor<B, D>, dtype: DType) -> Tensor<B, D> {
+    if x.dtype() == dtype { x } else { x.cast(dtype) }
+}
+
+/// [`AttentionBackend::decode`] in tensor operations: gather the open slots, merge, write back, gather
+/// all slots of the tables, attend.
+///
+/// # Panics
+/// If the operands do not fit the problem.
+pub fn decode<B: AttentionBackend>(
+    operands: DecodeOperands<B>,
+    problem: &DecodeProblem,
+) -> (Tensor<B, 3>, Tensor<B, 2>) {
+    let DecodeOperands {
+        q,
+        row,
+        gates,
+        pool,
+        table,
+    } = operands;
+    problem
+        .validate(
+            q.dims(),
+            row.dims(),
+            gates.as_ref().map(Tensor::dims),
+            pool.dims(),
+            table.dims(),
+        )
+        .unwrap_or_else(|error| panic!("decode: {error}"));
+    let p = problem;
+    let rows = p.starts.len();
+    let start = table.clone().narrow(1, 0, 1);
+    let slots = table.narrow(1, 1, p.max_slots);
+    let chunk = start.clone().div_scalar(p.stride as i64);
+    let current = slots.clone().gather(1, chunk.clone()).reshape([rows]);
+
+    let held = pool.clone().select(0, current.clone());
+    let opens = start.remainder_scalar(p.stride as i64).equal_elem(0);
+    let row = merge(row, held, opens, gates, chunk.clone(), p);
+    let pool_dtype = pool.dtype();
+    let pool = B::write_slots(pool, current, to_dtype(row, pool_dtype));
+
+    let width = p.layout.width();
+    let keys = pool
+        .clone()
+        .select(0, slots.reshape([rows * p.max_slots]))
+        .reshape([rows, p.max_slots, width]);
+    let keys = to_dtype(keys, q.dtype());
+    let hidden = Tensor::<B, 1, Int>::arange(0..p.max_slots as i64, &keys.device())
+        .reshape([1, p.max_slots])
+        .expand([rows, p.max_slots])
+        .greater(chunk.expand([rows, p.max_slots]));
+    let g = p.layout.kv_heads();
+    let (k, v) = match p.layout {
+        SlotLayout::Dense { kv_heads, head_dim } => {
+            let kv = keys
+                .reshape([rows, p.max_slots, 2 * kv_heads, head_dim])
+                .swap_dims(1, 2);
+            (kv.clone().narrow(1, 0, g), kv.narrow(1, g, g))
+        }
+        SlotLayout::Latent { rank, .. } => {
+            let kv = keys.reshape([rows, 1, p.max_slots, width]);
+            (kv.clone(), kv.narrow(3, 0, rank))
+        }
+    };
+    let q = q
+        .mul_scalar(p.scale)
+        .reshape([rows, g, p.heads / g, p.layout.key_width()]);
+    let dtype = q.dtype();
+    let scores = widen(q.matmul(k.swap_dims(2, 3)));
+    let hidden = hidden
+        .reshape([rows, 1, 1, p.max_slots])
+        .expand(scores.shape());
+    let weights = to_dtype(softmax(scores.mask_fill(hidden, MASKED), 3), dtype);
+    let out = weights
+        .matmul(v)
+        .reshape([rows, p.heads, p.layout.value_width()]);
+    (out, pool)
+}
+
+/// The row that a slot holds after this token: gated latents add up, the newest rope key wins.
+fn merge<B: Backend>(
+    row: Tensor<B, 2>,
+    held: Tensor<B, 2>,
+    opens: Tensor<B, 2, burn::tensor::Bool>,
+    gates: Option<Tensor<B, 2>>,
+    chunk: Tensor<B, 2, Int>,
+    p: &DecodeProblem,
+) -> Tensor<B, 2> {
+    let Some(gates) = gates else { return row };
+    let SlotLayout::Latent { rank, rope_dim } = p.layout else {
+        return row;
+    };
+    let gates = gates.select(0, chunk.reshape([p.starts.len()]));
+    let latent = apply_folded_gate(row.clone().narrow(1, 0, rank), gates);
+    let before = to_dtype(held.narrow(1, 0, rank), row.dtype());
+    let shape = before.shape();
+    let latent = before.mask_fill(opens.expand(shape), 0.0) + latent;
+    if rope_dim == 0 {
+        return latent;
+    }
+    Tensor::cat(vec![latent, row.narrow(1, rank, rope_dim)], 1)
+}
+
+/// [`AttentionBackend::write_slots`] in tensor operations.
+pub fn write_slots<B: Backend>(
+    pool: Tensor<B, 2>,
+    slots: Tensor<B, 1, Int>,
+    rows: Tensor<B, 2>,
+) -> Tensor<B, 2> {
+    let n = slots.dims()[0];
+    pool.scatter_nd(slots.reshape([n, 1]), rows, IndexingUpdateOp::Assign)
+}

@@ -1,0 +1,270 @@
+//! Rotary position embedding (Su et al. 2021), the decoupled form of MLA included.
+//!
+//! A rotation turns pairs of channels by `position · frequency`. Two pairings are in use and they are
+//! different functions of the same weights: [`Interleaved`](RotaryLayout::Interleaved) turns neighbours
+//! `(x₀,x₁), (x₂,x₃), …` (the paper, fairseq, DeepSeek), [`HalfSplit`](RotaryLayout::HalfSplit) turns
+//! `(x_i, x_{i+r/2})` (Hugging Face Llama). Going from one to the other permutes the channels even-then-odd.
+//!
+//! Angles are computed on the host in 64 bits from integer positions, so that neither half precision nor
+//! position 100,000 makes them coarse. A model computes a [`Rotary`] once per batch and hands it to all of
+//! its layers.
+
+use burn::tensor::{DType, FloatDType, Int, Tensor, TensorData, backend::Backend};
+use serde::{Deserialize, Serialize};
+
+/// Which channels form a pair.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RotaryLayout {
+    /// Neighbours: `(x₀,x₁), (x₂,x₃), …`.
+    #[default]
+    Interleaved,
+    /// Halves: `(x_i, x_{i+r/2})`.
+    HalfSplit,
+}
+
+/// Rescaling of the frequencies for contexts longer than those trained on.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum RotaryScaling {
+    /// Frequencies as they are.
+    #[default]
+    None,
+    /// Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, those between blended.
+    Llama3 {
+        /// Stretch of the longest wavelengths.
+        factor: f64,
+        /// Wavelengths above `original_context / low_freq_factor` are stretched in full.
+        low_freq_factor: f64,
+        /// Wavelengths below `original_context / high_freq_factor` are kept.
+        high_freq_factor: f64,
+        /// Context length of the original training, in tokens.
+        original_context: usize,
+    },
+}
+
+/// Configuration of a rotary embedding.
+///
+/// ```
+/// use mtla_core::rope::{RotaryConfig, RotaryLayout};
+///
+/// let rope = RotaryConfig::default();
+/// assert_eq!(rope.layout, RotaryLayout::Interleaved);
+/// assert_eq!(rope.frequencies(4), vec![1.0, 0.01]);
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct RotaryConfig {
+    /// Base of the frequencies.
+    pub theta: f64,
+    /// Which channels form a pair.
+    pub layout: RotaryLayout,
+    /// Rescaling for long contexts.
+    pub scaling: RotaryScaling,
+}
+
+impl Default for RotaryConfig {
+    fn default() -> Self {
+        Self {
+            theta: 10_000.0,
+            layout: RotaryLayout::Interleaved,
+            scaling: RotaryScaling::None,
+        }
+    }
+}
+
+impl RotaryConfig {
+    /// The `dim / 2` angular frequencies in radians per position: `theta^(−2i/dim)`, rescaled.
+    pub fn frequencies(&self, dim: usize) -> Vec<f64> {
+        (0..dim / 2)
+            .map(|i| self.theta.powf(-2.0 * i as f64 / dim as f64))
+            .map(|frequency| self.rescale(frequency))
+            .collect()
+    }
+
+    fn rescale(&self, frequency: f64) -> f64 {
+        let RotaryScaling::Llama3 {
+            factor,
+            low_freq_factor,
+            high_freq_factor,
+            original_context,
+        } = self.scaling
+        else {
+            return frequency;
+        };
+        let turns = original_context as f64 * frequency / std::f64::consts::TAU;
+        if turns < low_freq_factor {
+            frequency / factor
+        } else if turns > high_freq_factor {
+            frequency
+        } else {
+            let keep = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor);
+            frequency * ((1.0 - keep) / factor + keep)
+        }
+    }
+
+    /// Rotations for `positions`, one list per row (or a single list for all rows); lists are filled up
+    /// to the longest with position 0.
+    ///
+    /// The table is kept in 32 bits, or in 64 where `dtype` is.
+    pub fn rotary<B: Backend>(
+        &self,
+        dim: usize,
+        positions: &[Vec<usize>],
+        dtype: DType,
+        device: &B::Device,
+    ) -> Rotary<B> {
+        let frequencies = self.frequencies(dim);
+        let length = positions.iter().map(Vec::len).max().unwrap_or(0);
+        let angles: Vec<f64> = positions
+            .iter()
+            .flat_map(|row| (0..length).map(move |i| row.get(i).copied().unwrap_or(0)))
+            .flat_map(|position| frequencies.iter().map(move |f| position as f64 * f))
+            .collect();
+        let shape = [positions.len(), length, dim / 2];
+        let dtype = if dtype == DType::F64 {
+            DType::F64
+        } else {
+            DType::F32
+        };
+        let table = |f: fn(f64) -> f64| {
+            let values: Vec<f64> = angles.iter().map(|a| f(*a)).collect();
+            let data = TensorData::new(values, shape).convert_dtype(dtype);
+            Tensor::from_data(data, (device, dtype))
+        };
+        Rotary {
+            cos: table(f64::cos),
+            sin: table(f64::sin),
+            layout: self.layout,
+        }
+    }
+}
+
+/// Cosines and sines for the positions of one batch, `[rows|1, tokens, dim/2]`.
+#[derive(Debug, Clone)]
+pub struct Rotary<B: Backend> {
+    cos: Tensor<B, 3>,
+    sin: Tensor<B, 3>,
+    layout: RotaryLayout,
+}
+
+impl<B: Backend> Rotary<B> {
+    /// One token a row, picked by its number among `rows · tokens`: `[rows, 1, dim/2]`.
+    pub(crate) fn select(&self, tokens: Tensor<B, 1, Int>) -> Self {
+        let rows = tokens.dims()[0];
+        let pick = |table: &Tensor<B, 3>| {
+            let [from, length, half] = table.dims();
+            assert_eq!(
+                from, rows,
+                "a rotary table with {from} rows for {rows} rows"
+            );
+            table
+                .clone()
+                .reshape([from * length, half])
+                .select(0, tokens.clone())
+                .reshape([rows, 1, half])
+        };
+        Self {
+            cos: pick(&self.cos),
+            sin: pick(&self.sin),
+            layout: self.layout,
+        }
+    }
+
+    /// Rotates `x [rows, tokens, heads, dim]`; computed in 32 bits where `x` is narrower.
+    ///
+    /// # Panics
+    /// If the tokens or the width of `x` are not those of the table.
+    pub fn apply(&self, x: Tensor<B, 4>) -> Tensor<B, 4> {
+        let [rows, tokens, heads, dim] = x.dims();
+        let half = dim / 2;
+        assert!(
+            self.cos.dims()[1..] == [tokens, half],
+            "rotary table {:?} does not fit x [{rows}, {tokens}, {heads}, {dim}]",
+            self.cos.dims()
+        );
+        let dtype = x.dtype();
+        let x = match dtype {
+            DType::F16 | DType::BF16 => x.cast(FloatDType::F32),
+            _ => x,
+        };
+        let (pairs, axis) = match self.layout {
+            RotaryLayout::Interleaved => ([rows, tokens, heads, half, 2], 4),
+            RotaryLayout::HalfSplit => ([rows, tokens, heads, 2, half], 3),
+        };
+        let x = x.reshape(pairs);
+        let mut table_shape = [self.cos.dims()[0], tokens, 1, half, 1];
+        if axis == 3 {
+            table_shape.swap(3, 4);
+        }
+        let cos = self.cos.clone().reshape(table_shape);
+        let sin = self.sin.clone().reshape(table_shape);
+        let (a, b) = (x.clone().narrow(axis, 0, 1), x.narrow(axis, 1, 1));
+        let turned = Tensor::cat(
+            vec![
+                a.clone() * cos.clone() - b.clone() * sin.clone(),
+                a * sin + b * cos,
+            ],
+            axis,
+        );
+        let turned = turned.reshape([rows, tokens, heads, dim]);
+        if turned.dtype() == dtype {
+            turned
+        } else {
+            turned.cast(dtype)
+        }
+    }
+}
+
+#[cfg(all(test, feature = "flex"))]
+mod tests {
+    use super::*;
+    use burn_flex::Flex;
+
+    #[test]
+    fn turns_by_position_times_frequency() {
+        let device = Default::default();
+        let x = Tensor::<Flex, 4>::from_data([[[[1.0, 0.0, 0.0, 1.0]]]], &device);
+        let rope = RotaryConfig::default();
+        let y = rope
+            .rotary(4, &[vec![3]], DType::F32, &device)
+            .apply(x.clone());
+        let (a, b) = (3.0f32, 0.03f32);
+        let expected = TensorData::from([[[[a.cos(), a.sin(), -b.sin(), b.cos()]]]]);
+        y.into_data()
+            .assert_approx_eq::<f32>(&expected, burn::tensor::Tolerance::absolute(1e-6));
+
+        let halves = RotaryConfig {
+            layout: RotaryLayout::HalfSplit,
+            ..rope
+        };
+        let y = halves.rotary(4, &[vec![3]], DType::F32, &device).apply(x);
+        // Pairs (x0, x2) = (1, 0) and (x1, x3) = (0, 1).
+        let expected = TensorData::from([[[[a.cos(), -b.sin(), a.sin(), b.cos()]]]]);
+        y.into_data()
+            .assert_approx_eq::<f32>(&expected, burn::tensor::Tolerance::absolute(1e-6));
+    }
+
+    #[test]
+    fn llama3_scaling_keeps_short_and_stretches_long_wavelengths() {
+        let rope = RotaryConfig {
+            theta: 500_000.0,
+            scaling: RotaryScaling::Llama3 {
+                factor: 8.0,
+                low_freq_factor: 1.0,
+                high_freq_factor: 4.0,
+                original_context: 8192,
+            },
+            ..Default::default()
+        };
+        let plain = RotaryConfig {
+            scaling: RotaryScaling::None,
+            ..rope
+        }
+        .frequencies(128);
+        let scaled = rope.frequencies(128);
+        assert_eq!(scaled[0], plain[0]);
+        assert!((scaled[63] / plain[63] - 1.0 / 8.0).abs() < 1e-12);
+        assert!(scaled.windows(2).all(|w| w[0] > w[1]));
+    }
+}

@@ -1,0 +1,154 @@
+//! Variants that are special cases or other writings of each other.
+
+use burn::{
+    module::Param,
+    nn::Linear,
+    tensor::{Int, Tensor, TensorData, backend::Backend},
+};
+use mtla_core::{
+    attention::{Attention, AttentionConfig, AttentionInput, QueryProjection},
+    backend_tests,
+    ops::AttentionBackend,
+    rope::{RotaryConfig, RotaryLayout},
+};
+use proptest::{prelude::any, strategy::Strategy};
+
+use crate::common::{
+    F32, Layer, Numbers, Tokens, any_attention, any_latent, check, rows_of, vectors,
+};
+
+backend_tests! {
+    one_token_a_slot_is_gated_mla,
+    an_open_gate_of_one_token_a_slot_is_mla,
+    the_two_rotary_layouts_are_permutations_of_each_other,
+}
+
+/// The outputs of one row by all three entry points: the whole sequence, a prefill, steps.
+fn every_path<B: AttentionBackend>(layer: &Layer<B>, row: &Tokens) -> [Tokens; 3] {
+    let tokens = row.len();
+    let x = layer.padded(std::slice::from_ref(row), tokens);
+    let whole = layer.module.forward(AttentionInput::new(x.clone())).context;
+    let mut cache = layer.cache(1);
+    let plan = cache.extend(&[0], &[tokens]);
+    let prefill = layer.module.prefill(x, &plan, cache.layer_mut(0));
+    let mut cache = layer.cache(1);
+    let mut step = |x: &Vec<f64>| {
+        let plan = cache.step(&[0]);
+        let x = layer.flat(std::slice::from_ref(x));
+        vectors(layer.module.step(x, &plan, cache.layer_mut(0))).remove(0)
+    };
+    let steps = row.iter().map(&mut step).collect();
+    [rows_of(whole).remove(0), rows_of(prefill).remove(0), steps]
+}
+
+fn mla_and_single_token_mtla() -> impl Strategy<Value = (AttentionConfig, AttentionConfig)> {
+    any_latent().prop_map(|config| match config {
+        AttentionConfig::Mla(latent) | AttentionConfig::Mtla { latent, .. } => {
+            let mtla = AttentionConfig::Mtla {
+                down_rate: 1,
+                latent: latent.clone(),
+            };
+            (AttentionConfig::Mla(latent), mtla)
+        }
+        _ => unreachable!("a latent variant was drawn"),
+    })
+}
+
+fn one_token_a_slot_is_gated_mla<B: AttentionBackend>(device: &B::Device) {
+    let shapes = (mla_and_single_token_mtla(), 1usize..9, any::<u64>());
+    check(12, shapes, |((_, mtla), tokens, seed)| {
+        let layer = Layer::<B>::new(&mtla, seed, F32, device);
+        let row = Numbers::new(seed).tokens(tokens, layer.d_model);
+        let expected = layer.oracle.row(&row);
+        for found in every_path(&layer, &row) {
+            layer.assert_close(&found, &expected, "gated MLA");
+        }
+    });
+}
+
+fn an_open_gate_of_one_token_a_slot_is_mla<B: AttentionBackend>(device: &B::Device) {
+    let shapes = (mla_and_single_token_mtla(), 1usize..9, any::<u64>());
+    check(12, shapes, |((mla, mtla), tokens, seed)| {
+        // The gate's weights come last, so all others are alike.
+        let mla = Layer::<B>::new(&mla, seed, F32, device);
+        let mut mtla = Layer::<B>::new(&mtla, seed, F32, device);
+        let Attention::Latent(latent) = &mut mtla.module else {
+            unreachable!("a latent variant")
+        };
+        let gate = latent.gate.as_mut().expect("MTLA has a gate");
+        for linear in [&mut gate.fc_c, &mut gate.fc_p] {
+            linear.weight = linear.weight.clone().map(|w| w.zeros_like());
+            linear.bias = linear
+                .bias
+                .clone()
+                .map(|bias| bias.map(|b| b.ones_like() * 20));
+        }
+        let row = Numbers::new(seed).tokens(tokens, mla.d_model);
+        for (mtla, mla) in every_path(&mtla, &row).iter().zip(every_path(&mla, &row)) {
+            crate::common::assert_close(mtla, &mla, 1e-5, "MLA");
+        }
+    });
+}
+
+fn the_two_rotary_layouts_are_permutations_of_each_other<B: AttentionBackend>(device: &B::Device) {
+    check(
+        24,
+        (any_attention(), 1usize..9, any::<u64>()),
+        |(config, tokens, seed)| {
+            let with = |layout| {
+                let rope = RotaryConfig {
+                    layout,
+                    ..Default::default()
+                };
+                Layer::<B>::new(&config.clone().with_rope(rope), seed, F32, device)
+            };
+            let interleaved = with(RotaryLayout::Interleaved);
+            let mut halves = with(RotaryLayout::HalfSplit);
+            match (&mut halves.module, &config) {
+                (Attention::Grouped(m), AttentionConfig::Mha(c) | AttentionConfig::Mqa(c))
+                | (Attention::Grouped(m), AttentionConfig::Gqa { dense: c, .. }) => {
+                    permute(&mut m.q_proj, 0, 0, c.head_dim());
+                    permute(&mut m.k_proj, 0, 0, c.head_dim());
+                }
+                (
+                    Attention::Latent(m),
+                    AttentionConfig::Mla(c) | AttentionConfig::Mtla { latent: c, .. },
+                ) => {
+                    let wq = match &mut m.wq {
+                        QueryProjection::Full(wq) => wq,
+                        QueryProjection::LowRank(q) => &mut q.wq_b,
+                    };
+                    permute(wq, 0, c.qk_nope_head_dim, c.qk_rope_head_dim);
+                    permute(&mut m.wkv_a, c.kv_lora_rank, 0, c.qk_rope_head_dim);
+                }
+                _ => unreachable!("the module is of the configuration's kind"),
+            }
+            let row = Numbers::new(seed).tokens(tokens, interleaved.d_model);
+            let pairs = every_path(&halves, &row)
+                .into_iter()
+                .zip(every_path(&interleaved, &row));
+            for (halves, interleaved) in pairs {
+                crate::common::assert_close(&halves, &interleaved, 1e-5, "half-split, permuted");
+            }
+        },
+    );
+}
+
+/// Puts the output columns of a linear map in even-then-odd order within every block of `width` columns
+/// that follows `kept` columns; the first `skipped` columns of all stay.
+fn permute<B: Backend>(linear: &mut Linear<B>, skipped: usize, kept: usize, width: usize) {
+    let columns = linear.weight.dims()[1];
+    let mut order: Vec<i64> = (0..columns as i64).collect();
+    for head in (skipped..columns).step_by(kept + width) {
+        let first = head + kept;
+        for i in 0..width / 2 {
+            order[first + i] = (first + 2 * i) as i64;
+            order[first + width / 2 + i] = (first + 2 * i + 1) as i64;
+        }
+    }
+    let order = TensorData::new(order, [columns]);
+    let order = Tensor::<B, 1, Int>::from_data(order, &linear.weight.device());
+    linear.weight = linear.weight.clone().map(|w| w.select(1, order.clone()));
+    let bias = linear.bias.clone();
+    linear.bias = bias.map(|bias: Param<Tensor<B, 1>>| bias.map(|b| b.select(0, order)));
+}

@@ -1,0 +1,201 @@
+//! Attention weights and the caller's masks.
+
+use burn::tensor::{Bool, Tensor, TensorData};
+use mtla_core::{attention::AttentionInput, backend_tests, ops::AttentionBackend};
+use proptest::{collection::vec, prelude::any};
+
+use crate::common::{
+    F32, Layer, Numbers, Tokens, any_attention, check, longest,
+    oracle::{Question, visible},
+    rows_of, values,
+};
+
+backend_tests! {
+    weights_are_those_of_the_visible_tokens,
+    masks_add_to_the_scores,
+    a_query_without_any_key_stays_finite,
+}
+
+/// `[batch, heads, queries, keys]` as nested vectors.
+fn nested<B: AttentionBackend>(weights: Tensor<B, 4>) -> Vec<Vec<Tokens>> {
+    let [_, heads, queries, keys] = weights.dims();
+    let flat = values(weights);
+    let rows = flat.chunks(heads * queries * keys);
+    rows.map(|row| {
+        let heads = row.chunks(queries * keys);
+        heads
+            .map(|head| head.chunks(keys).map(<[f64]>::to_vec).collect())
+            .collect()
+    })
+    .collect()
+}
+
+fn weights_are_those_of_the_visible_tokens<B: AttentionBackend>(device: &B::Device) {
+    let shapes = (
+        any_attention(),
+        vec((0usize..8, 0usize..9), 1..4),
+        any::<u64>(),
+    );
+    check(32, shapes, |(config, spans, seed)| {
+        let layer = Layer::<B>::new(&config, seed, F32, device);
+        let mut numbers = Numbers::new(seed);
+        let (offsets, lengths): (Vec<usize>, Vec<usize>) = spans.iter().copied().unzip();
+        let totals: Vec<usize> = spans.iter().map(|(offset, n)| offset + n).collect();
+        let (queries, keys) = (longest(&lengths).max(1), longest(&totals).max(1));
+        let rows = numbers.rows(&totals, layer.d_model);
+        let ends: Vec<Tokens> = rows
+            .iter()
+            .zip(&offsets)
+            .map(|(row, offset)| row[*offset..].to_vec())
+            .collect();
+        let input = AttentionInput::new(layer.padded(&ends, queries))
+            .with_keys(layer.padded(&rows, keys))
+            .with_offsets(offsets.clone())
+            .with_lengths(lengths.clone());
+        let plain = rows_of(layer.module.forward(input.clone()).context);
+        let output = layer.module.forward(input.with_weights());
+        let weights = output.weights.expect("weights were asked for");
+        assert_eq!(weights.dims()[2..], [queries, keys]);
+        let (weights, context) = (nested(weights), rows_of(output.context));
+        for row in 0..rows.len() {
+            let answer = layer
+                .oracle
+                .answer(&Question::new(&rows[row], &ends[row], offsets[row]));
+            layer.assert_close(&context[row], &answer.outputs, "output beside weights");
+            layer.assert_close(&plain[row], &answer.outputs, "output without weights");
+            for (found, expected) in weights[row].iter().zip(&answer.weights) {
+                for (i, (found, expected)) in found.iter().zip(expected).enumerate() {
+                    assert!((found.iter().sum::<f64>() - 1.0).abs() < 1e-5, "{found:?}");
+                    for (j, weight) in found.iter().enumerate() {
+                        let seen = j < totals[row] && visible(offsets[row] + i, j, layer.stride);
+                        let truth = if seen { expected[j] } else { 0.0 };
+                        assert!(
+                            (weight - truth).abs() < 1e-5,
+                            "{i} to {j}: {weight} not {truth}"
+                        );
+                        assert!(
+                            seen || *weight == 0.0,
+                            "{i} to {j} is hidden and has {weight}"
+                        );
+                    }
+                }
+            }
+        }
+    });
+}
+
+fn masks_add_to_the_scores<B: AttentionBackend>(device: &B::Device) {
+    let shapes = (any_attention(), 1usize..4, 0usize..6, 1usize..10);
+    let uses = (any::<bool>(), any::<bool>(), any::<bool>());
+    check(40, (shapes, uses, any::<u64>()), |(shapes, uses, seed)| {
+        let (config, batch, offset, queries) = shapes;
+        let (additive, one_for_all, padding) = uses;
+        let layer = Layer::<B>::new(&config, seed, F32, device);
+        let mut numbers = Numbers::new(seed);
+        let keys = offset + queries;
+        let rows = numbers.rows(&vec![keys; batch], layer.d_model);
+        let ends: Vec<Tokens> = rows.iter().map(|row| row[offset..].to_vec()).collect();
+        let mut input =
+            AttentionInput::new(layer.padded(&ends, queries)).with_keys(layer.padded(&rows, keys));
+
+        let copies = if one_for_all { 1 } else { batch };
+        let entry = |numbers: &mut Numbers| match numbers.below(4) {
+            0 => f64::NEG_INFINITY,
+            _ => numbers.normal(),
+        };
+        let mut mask = vec![vec![vec![0.0; keys]; queries]; copies];
+        if additive {
+            mask.iter_mut()
+                .flatten()
+                .flatten()
+                .for_each(|x| *x = entry(&mut numbers));
+            let flat = mask
+                .iter()
+                .flatten()
+                .flatten()
+                .copied()
+                .collect::<Vec<f64>>();
+            let data = TensorData::new(flat, [copies, queries, keys]);
+            let data = data.convert_dtype(F32.dtype);
+            input = input.with_mask(Tensor::from_data(data, device));
+        }
+        let mut hidden = vec![vec![false; keys]; batch];
+        if padding {
+            hidden
+                .iter_mut()
+                .flatten()
+                .for_each(|x| *x = numbers.below(3) == 0);
+            let data = TensorData::new(hidden.concat(), [batch, keys]);
+            let mask = Tensor::<B, 2, Bool>::from_data(data, device);
+            input = input.with_key_padding_mask(mask);
+        }
+
+        let output = layer.module.forward(input.with_weights());
+        let (found, weights) = (rows_of(output.context), nested(output.weights.unwrap()));
+        for row in 0..batch {
+            let bias = |i: usize, j: usize| {
+                let padding = if hidden[row][j] {
+                    f64::NEG_INFINITY
+                } else {
+                    0.0
+                };
+                mask[row % copies][i][j] + padding
+            };
+            let question = Question {
+                bias: &bias,
+                ..Question::new(&rows[row], &ends[row], offset)
+            };
+            let answer = layer.oracle.answer(&question);
+            for i in 0..queries {
+                let sees = |j: &usize| visible(offset + i, *j, layer.stride);
+                // A query that sees nothing has no answer.
+                if (0..keys)
+                    .filter(sees)
+                    .all(|j| bias(i, j) == f64::NEG_INFINITY)
+                {
+                    assert!(found[row][i].iter().all(|x| x.is_finite()));
+                    continue;
+                }
+                let (found, expected) = (&found[row][i..=i], &answer.outputs[i..=i]);
+                layer.assert_close(found, expected, "masked output");
+                for (found, expected) in weights[row].iter().zip(&answer.weights) {
+                    layer.assert_close(&found[i..=i], &expected[i..=i], "masked weights");
+                }
+            }
+        }
+    });
+}
+
+/// A row that is all padding must not poison a batch: its numbers mean nothing, but they are numbers.
+fn a_query_without_any_key_stays_finite<B: AttentionBackend>(device: &B::Device) {
+    check(
+        12,
+        (any_attention(), 1usize..7, any::<u64>()),
+        |(config, tokens, seed)| {
+            let layer = Layer::<B>::new(&config, seed, F32, device);
+            let rows = Numbers::new(seed).rows(&[tokens, tokens], layer.d_model);
+            let hidden: Vec<bool> = (0..2 * tokens).map(|i| i < tokens).collect();
+            let mask =
+                Tensor::<B, 2, Bool>::from_data(TensorData::new(hidden, [2, tokens]), device);
+            let input =
+                AttentionInput::new(layer.padded(&rows, tokens)).with_key_padding_mask(mask);
+            let found = rows_of(layer.module.forward(input).context);
+            assert!(found[0].iter().flatten().all(|x| x.is_finite()));
+            layer.assert_close(
+                &found[1],
+                &layer.oracle.row(&rows[1]),
+                "the row without padding",
+            );
+            // The same by lengths.
+            let input =
+                AttentionInput::new(layer.padded(&rows, tokens)).with_lengths(vec![0, tokens]);
+            let found = rows_of(layer.module.forward(input).context);
+            assert!(found[0].iter().flatten().all(|x| x.is_finite()));
+            layer.assert_close(
+                &found[1],
+                &layer.oracle.row(&rows[1]),
+                "the row beside an empty one",
+            );
+        },
+    );
+}
