@@ -11,12 +11,12 @@ use mtla_core::{
 };
 use proptest::{collection::vec, prelude::any};
 
-backend_tests! {
+backend_tests!(
     nothing_is_dropped_without_a_seed,
     a_seed_names_a_mask,
     the_mask_is_a_function_of_the_place,
     the_mean_is_kept,
-}
+);
 
 fn forward<B: AttentionBackend>(
     layer: &Layer<B>,

@@ -6,7 +6,7 @@
 
 #![allow(dead_code, reason = "every test binary uses its own part")]
 
-mod layer;
+pub(crate) mod layer;
 pub(crate) mod oracle;
 
 use burn::tensor::{DType, Tensor, TensorData, backend::Backend};
@@ -15,9 +15,7 @@ use proptest::{
     test_runner::{RngAlgorithm, TestRng, TestRunner},
 };
 
-pub(crate) use layer::{
-    CrossLayer, Fill, Layer, any_attention, any_cross, any_latent, slot_elements,
-};
+pub(crate) use layer::{CrossLayer, Layer, any_attention, any_cross, any_latent, slot_elements};
 pub(crate) use oracle::Tokens;
 
 /// Runs `property` on `cases` values of `strategy`, the same ones in every run; `PROPTEST_CASES`

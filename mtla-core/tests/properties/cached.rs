@@ -10,14 +10,14 @@ use crate::common::{
     vectors,
 };
 
-backend_tests! {
+backend_tests!(
     steps_are_the_whole_sequence,
     a_prefill_is_the_whole_sequence,
     pieces_are_the_whole_sequence,
     a_row_decodes_alone_as_in_a_batch,
     positions_and_rotations_of_the_caller,
     under_autodiff_as_without,
-}
+);
 
 #[derive(Debug, Clone)]
 struct Case {
@@ -167,12 +167,11 @@ fn pieces_are_the_whole_sequence<B: AttentionBackend>(device: &B::Device) {
         40,
         (any_attention(), counts, named, any::<u64>()),
         |(config, counts, named, seed)| {
-            let total = |row| {
-                (0..counts.len())
-                    .filter(|p| named[*p][row])
-                    .map(|p| counts[p][row])
+            let total = |row: usize| -> usize {
+                let pieces = counts.iter().zip(&named).filter(|(_, named)| named[row]);
+                pieces.map(|(counts, _)| counts[row]).sum()
             };
-            let lengths = (0..3).map(|row| total(row).sum()).collect();
+            let lengths = (0..3).map(total).collect();
             let setting = Setting::<B>::new(
                 &Case {
                     config,

@@ -15,13 +15,13 @@ use crate::common::{
     padded, rows_of, vectors,
 };
 
-backend_tests! {
+backend_tests!(
     ragged_sources_are_every_source_alone,
     a_row_in_any_batch_is_the_row_alone,
     steps_over_a_source_in_pieces,
     beams_share_a_source,
     a_mask_hides_slots_by_their_first_frame,
-}
+);
 
 #[derive(Debug, Clone)]
 struct Case {

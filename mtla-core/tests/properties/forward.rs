@@ -13,12 +13,12 @@ use crate::common::{
     oracle::Question, rows_of,
 };
 
-backend_tests! {
+backend_tests!(
     a_ragged_batch_is_every_row_alone,
     a_row_in_any_batch_is_the_row_alone,
     keys_may_start_before_the_queries,
     rotations_follow_the_given_positions,
-}
+);
 
 #[derive(Debug, Clone)]
 struct Ragged {
@@ -109,7 +109,8 @@ fn prefixed() -> impl Strategy<Value = Prefixed> {
     (ragged(), vec(0usize..11, 3), any::<bool>()).prop_map(|(ragged, mut offsets, even)| {
         offsets.truncate(ragged.lengths.len());
         if even {
-            offsets.fill(offsets[0]);
+            let first = offsets[0];
+            offsets.fill(first);
         }
         Prefixed { ragged, offsets }
     })

@@ -24,11 +24,11 @@ use crate::common::{
     slot_elements, vectors,
 };
 
-backend_tests! {
+backend_tests!(
     any_history_is_every_rows_own_tokens,
     beams_of_an_open_slot_do_not_meet,
     a_reserved_cache_never_grows,
-}
+);
 
 /// The rows are drawn as numbers and taken modulo the rows there are.
 #[derive(Debug, Clone)]

@@ -17,11 +17,11 @@ use crate::common::{
     F32, Layer, Numbers, Tokens, any_attention, any_latent, check, rows_of, vectors,
 };
 
-backend_tests! {
+backend_tests!(
     one_token_a_slot_is_gated_mla,
     an_open_gate_of_one_token_a_slot_is_mla,
     the_two_rotary_layouts_are_permutations_of_each_other,
-}
+);
 
 /// The outputs of one row by all three entry points: the whole sequence, a prefill, steps.
 fn every_path<B: AttentionBackend>(layer: &Layer<B>, row: &Tokens) -> [Tokens; 3] {

@@ -10,11 +10,11 @@ use crate::common::{
     rows_of, values,
 };
 
-backend_tests! {
+backend_tests!(
     weights_are_those_of_the_visible_tokens,
     masks_add_to_the_scores,
     a_query_without_any_key_stays_finite,
-}
+);
 
 /// `[batch, heads, queries, keys]` as nested vectors.
 fn nested<B: AttentionBackend>(weights: Tensor<B, 4>) -> Vec<Vec<Tokens>> {

@@ -1,0 +1,14 @@
+//! From text on disk to batches on a device.
+//!
+//! ```text
+//! corpus (or story) ── documents ──▶ vocabulary ── tokens ──▶ TokenBlocks ── rows ──▶ Batches
+//! ```
+
+mod batches;
+mod blocks;
+pub mod corpus;
+pub mod story;
+pub mod vocabulary;
+
+pub use batches::{Batches, Plan};
+pub use blocks::{Block, BlockError, Packing, TextBatch, TextBatcher, TokenBlocks};

@@ -1,0 +1,30 @@
+//! Data, training and metrics for models built on [Burn](burn).
+//!
+//! [`Trainer`] trains any model that implements [`Objective`], in a run directory that can be
+//! watched, and that can be resumed exactly after the process was killed. [`data`] makes batches of
+//! text for it; [`metric`] judges what comes out.
+//!
+//! ```text
+//! data ── Batches ──▶ Trainer ── checkpoints, metrics.jsonl, loss.svg ──▶ run directory
+//!                        ▲
+//!            model: Objective (batch → Loss)
+//! ```
+
+pub mod data;
+pub mod language_model;
+pub mod metric;
+
+mod loss;
+mod plot;
+mod schedule;
+mod seed;
+mod trainer;
+
+pub use loss::{Loss, Objective, next_token_loss};
+pub use plot::{PlotError, loss_curve};
+pub use schedule::{Decay, Schedule};
+pub use trainer::{
+    Best, Display, Interrupter, Length, MetricLine, Optimizer, RunDir, TrainError, TrainMetrics,
+    Trained, Trainer, TrainerConfig, ValidBatches, ValidMetrics, Validated, best_checkpoint,
+    load_weights, read_metrics,
+};
