@@ -9,7 +9,10 @@ use anyhow::{Context, bail, ensure};
 use clap::{Parser, ValueEnum};
 use mtla_core::attention::{AttentionConfig, LatentConfig};
 use mtla_examples::BackendKind;
-use mtla_models::{decoder::DecoderConfig, generate::GenerationConfig};
+use mtla_models::{
+    decoder::{DecoderConfig, FeedForwardKind},
+    generate::GenerationConfig,
+};
 use mtla_train::{
     Display, Length, Schedule, TrainerConfig, best_checkpoint,
     data::{Packing, vocabulary::Vocabulary},
@@ -178,12 +181,13 @@ impl Settings {
     /// Defaults: on stories sized for a few minutes on two CPU cores, on other text somewhat larger.
     fn new(data: Option<PathBuf>) -> Self {
         let stories = data.is_none();
-        let model = DecoderConfig::new(512, 4, AttentionConfig::mtla(128, 4));
+        let model = DecoderConfig::new(512, 4, AttentionConfig::mtla(96, 3))
+            .with_feed_forward(FeedForwardKind::SwiGlu);
         let trainer = TrainerConfig {
-            length: Length::Steps(1200),
-            batch_size: 16,
+            length: Length::Steps(1600),
+            batch_size: 8,
             learning_rate: Schedule {
-                peak: 3e-3,
+                peak: 4e-3,
                 warmup: 100,
                 ..Schedule::default()
             },

@@ -40,11 +40,16 @@ impl<B: Backend> TemporalGate<B> {
     /// Gated latents: `latents [rows, chunks, s, rank]`, where row entry `k` is chunk number `k`, each
     /// multiplied by its weight.
     pub fn forward(&self, latents: Tensor<B, 4>) -> Tensor<B, 4> {
-        let [_, chunks, _, rank] = latents.dims();
-        let numbers: Vec<usize> = (0..chunks).collect();
+        let [rows, chunks, s, rank] = latents.dims();
+        let (width, numbers) = (rank / 4, (0..chunks).collect::<Vec<_>>());
         let code = chunk_encoding(&numbers, rank, latents.dtype(), &latents.device());
-        let code = self.fc_c.forward(code).reshape([1, chunks, 1, rank / 4]);
-        let logit = (self.fc_p.forward(latents.clone()) * code).sum_dim(3);
+        // Every token gets its chunk's code; then the product is over plain rows.
+        let code = self.fc_c.forward(code).reshape([chunks, 1, width]);
+        let code = code.repeat_dim(1, s).reshape([1, chunks * s * width]);
+        let tokens = self.fc_p.forward(latents.clone());
+        let logit = (tokens.reshape([rows, chunks * s * width]) * code)
+            .reshape([rows, chunks, s, width])
+            .sum_dim(3);
         latents * sigmoid(logit)
     }
 

@@ -3,7 +3,12 @@
 
 mod common;
 
-use common::{F32, Layer, Numbers, Tokens, any_attention, check, oracle::Question, rows_of};
+use common::{
+    F32, Numbers, Tokens, check,
+    layer::{Layer, any_attention},
+    oracle::Question,
+    rows_of,
+};
 use mtla_core::{
     attention::{AttentionConfig, AttentionInput},
     backend_tests,
@@ -94,7 +99,7 @@ fn the_mask_is_a_function_of_the_place<B: AttentionBackend>(device: &B::Device) 
         for (b, row) in rows.iter().enumerate() {
             let kept = |h: usize, i: usize, j: usize| {
                 // Chunk ends are columns; the running chunk stands after the last column.
-                let column = if (j + 1) % stride == 0 {
+                let column = if (j + 1).is_multiple_of(stride) {
                     j / stride
                 } else {
                     columns

@@ -183,7 +183,7 @@ pub(super) fn validate_down_rate(down_rate: usize, rank: usize) -> Result<(), Co
     )
 }
 
-fn validate_dropout(dropout: f64) -> Result<(), ConfigError> {
+pub(super) fn validate_dropout(dropout: f64) -> Result<(), ConfigError> {
     require(
         (0.0..1.0).contains(&dropout),
         "dropout",

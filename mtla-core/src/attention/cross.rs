@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     ConfigError,
-    config::{require, validate_down_rate},
+    config::{require, validate_down_rate, validate_dropout},
     expansion::{LatentExpansion, Latents, Queries},
     input::dropout,
     join_heads,
@@ -89,6 +89,7 @@ impl CrossAttentionConfig {
             "at least 1",
         )?;
         validate_down_rate(self.down_rate, self.kv_lora_rank)?;
+        validate_dropout(self.dropout)?;
         let linear = |from, to| {
             LinearConfig::new(from, to)
                 .with_bias(self.bias)

@@ -84,17 +84,15 @@ impl<B: Backend> LatentExpansion<B> {
             .state
             .reshape([batch * n, rank])
             .matmul(self.weight.val())
-            .reshape([batch, n, self.heads, self.key + self.value])
-            .swap_dims(1, 2);
+            .reshape([batch, n, self.heads, self.key + self.value]);
         let mut k = kv.clone().narrow(3, 0, self.key);
         if let Some(rope) = latents.rope {
-            let dim = rope.dims()[2];
-            let rope = rope.unsqueeze_dim::<4>(1);
-            k = Tensor::cat(vec![k, rope.expand([batch, self.heads, n, dim])], 3);
+            let rope = rope.unsqueeze_dim::<4>(2).repeat_dim(2, self.heads);
+            k = Tensor::cat(vec![k, rope], 3);
         }
         KeyValue {
-            k,
-            v: kv.narrow(3, self.key, self.value),
+            k: k.swap_dims(1, 2),
+            v: kv.narrow(3, self.key, self.value).swap_dims(1, 2),
         }
     }
 
@@ -108,14 +106,14 @@ impl<B: Backend> LatentExpansion<B> {
         KeyValue { k, v }
     }
 
-    /// `q W_UK`: `[batch, tokens, heads, key]` → `[batch, heads, tokens, rank]`.
+    /// `q W_UK`: `[batch, tokens, heads, key]` → `[batch, tokens, heads, rank]`.
     pub(super) fn absorb_query(&self, q: Tensor<B, 4>) -> Tensor<B, 4> {
         let [batch, tokens, heads, key] = q.dims();
         q.permute([2, 0, 1, 3])
             .reshape([heads, batch * tokens, key])
             .matmul(self.keys())
             .reshape([heads, batch, tokens, self.rank()])
-            .swap_dims(0, 1)
+            .permute([1, 2, 0, 3])
     }
 
     /// `context W_UV`: `[batch, heads, tokens, rank]` → `[batch, heads, tokens, value]`.
@@ -157,14 +155,16 @@ impl<B: AttentionBackend> LatentExpansion<B> {
     ) -> (Tensor<B, 4>, Option<Tensor<B, 4>>) {
         let rope = q.rope.as_ref().map_or(0, |rope| rope.dims()[3]);
         let absorbed = self.absorbed_is_cheaper(&problem, rope);
+        // Token by token, the layout in which the parts lie next to each other.
         let mut query = if absorbed {
             self.absorb_query(q.nope)
         } else {
-            q.nope.swap_dims(1, 2)
+            q.nope
         };
         if let Some(rope) = q.rope {
-            query = Tensor::cat(vec![query, rope.swap_dims(1, 2)], 3);
+            query = Tensor::cat(vec![query, rope], 3);
         }
+        let query = query.swap_dims(1, 2);
         let key_value = |latents| {
             if absorbed {
                 Self::absorb(latents)

@@ -333,7 +333,7 @@ impl<B: AttentionBackend> LatentAttention<B> {
                 .reshape([rows, 1, self.n_heads, self.nope + self.rope_dim]);
         let pe = rotary.apply(q.clone().narrow(3, self.nope, self.rope_dim));
         let q = self.wkv_b.absorb_query(q.narrow(3, 0, self.nope));
-        let q = Tensor::cat(vec![q, pe.swap_dims(1, 2)], 3);
+        let q = Tensor::cat(vec![q, pe], 3);
 
         let kv = self.wkv_a.forward(x);
         let latent = self.kv_norm.forward(kv.clone().narrow(1, 0, self.rank));

@@ -39,6 +39,10 @@ pub use query::{LowRankQuery, QueryProjection};
 
 /// An attention layer of any variant. Made by [`AttentionConfig::init`].
 #[derive(Module, Debug)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "a handful per model, and tensors are handles"
+)]
 pub enum Attention<B: Backend> {
     /// MHA, MQA and GQA.
     Grouped(GroupedAttention<B>),

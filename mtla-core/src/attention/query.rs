@@ -8,6 +8,10 @@ use burn::{
 
 /// One linear map, or a low-rank one (`q_lora_rank > 0`).
 #[derive(Module, Debug)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "a handful per model, and tensors are handles"
+)]
 pub enum QueryProjection<B: Backend> {
     /// `d_model → n_heads · width`.
     Full(Linear<B>),

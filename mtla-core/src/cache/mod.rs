@@ -283,7 +283,7 @@ impl<B: AttentionBackend> Cache<B> {
     /// The rows count as holding the token from here on: every layer must be run with the plan.
     ///
     /// # Panics
-    /// If a row does not exist or is named twice.
+    /// If a row does not exist or is named twice, or there are no rows.
     pub fn step(&mut self, rows: &[usize]) -> StepPlan<B> {
         let starts = self.make_room(rows, &vec![1; rows.len()]);
         let table = self.slot_table(rows, &starts);
@@ -295,10 +295,9 @@ impl<B: AttentionBackend> Cache<B> {
     /// The rows count as holding the tokens from here on: every layer must be run with the plan.
     ///
     /// # Panics
-    /// If a row does not exist or is named twice, or the lists differ in length or are empty.
+    /// If a row does not exist or is named twice, the lists differ in length, or no row has a new token.
     pub fn extend(&mut self, rows: &[usize], counts: &[usize]) -> PrefillPlan<B> {
         assert_eq!(rows.len(), counts.len(), "one token count per row");
-        assert!(!rows.is_empty(), "at least one row to extend");
         let starts = self.make_room(rows, counts);
         let slots: Vec<&[usize]> = rows.iter().map(|row| self.row_slots(*row)).collect();
         let table = self.slot_table(rows, &starts);
@@ -313,6 +312,10 @@ impl<B: AttentionBackend> Cache<B> {
     }
 
     fn make_room(&mut self, rows: &[usize], counts: &[usize]) -> Vec<usize> {
+        assert!(
+            counts.iter().any(|count| *count > 0),
+            "no row has a new token"
+        );
         let mut seen = vec![false; self.rows()];
         let mut orders = Orders::default();
         let mut starts = Vec::with_capacity(rows.len());

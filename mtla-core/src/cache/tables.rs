@@ -74,7 +74,7 @@ impl Tables {
         }
         let Row { slots, tokens } = &self.rows[row];
         let (tokens, held) = (*tokens, slots.len());
-        if tokens % self.stride != 0 {
+        if !tokens.is_multiple_of(self.stride) {
             let open = slots[held - 1];
             if self.references[open] > 1 {
                 let copy = self.take(1, slots.get(held.wrapping_sub(2)).copied())[0];
@@ -142,7 +142,7 @@ impl Tables {
         if tokens == held {
             return Ok(());
         }
-        if tokens % self.stride != 0 {
+        if !tokens.is_multiple_of(self.stride) {
             return Err(CacheError::InsideChunk {
                 row,
                 asked: tokens,

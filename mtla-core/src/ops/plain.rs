@@ -60,24 +60,18 @@ pub fn attend_with<B: Backend>(
         .unwrap_or_else(|error| panic!("attend: {error}"));
     let (device, dtype) = (q.device(), q.dtype());
     let p = problem;
-    let (b, h, t, g) = (p.batch, p.heads, p.queries, p.kv_heads);
-    let group = h / g;
-    // Heads that share keys are one longer run of queries: no key or value is repeated.
-    let q = q
-        .mul_scalar(p.scale)
-        .reshape([b, g, group * t, p.key_width]);
-
     let (column_bias, self_bias) = bias.map_or((None, None), |x| (x.columns, x.self_term));
+
     let mut scores = Vec::with_capacity(2);
     if let Some(kv) = &columns {
-        let s = q.clone().matmul(kv.k.clone().swap_dims(2, 3));
-        let s = widen(s.reshape([b, h, t, p.columns]));
+        let s = group(q.clone(), p).matmul(kv.k.clone().swap_dims(2, 3));
+        let s = widen(ungroup(s, p)).mul_scalar(p.scale);
         scores.push(add_mask(s, column_mask(p, &device), column_bias));
     }
     if let Some(kv) = &self_term {
-        let q = q.reshape([b, g, group, t, p.key_width]);
-        let k = kv.k.clone().reshape([b, g, 1, t, p.key_width]);
-        let s = widen((q * k).sum_dim(4).reshape([b, h, t, 1]));
+        let s = (per_token(q, p) * per_token(kv.k.clone(), p)).sum_dim(4);
+        let s = s.reshape([p.batch, p.queries, p.heads, 1]).swap_dims(1, 2);
+        let s = widen(s).mul_scalar(p.scale);
         scores.push(add_mask(s, self_mask(p, &device), self_bias));
     }
     let weights = softmax(Tensor::cat(scores, 3), 3);
@@ -89,20 +83,47 @@ pub fn attend_with<B: Backend>(
 
     let from_columns = columns.map(|kv| {
         let w = kept.clone().narrow(3, 0, p.columns);
-        w.reshape([b, g, group * t, p.columns])
-            .matmul(kv.v)
-            .reshape([b, h, t, p.value_width])
+        ungroup(group(w, p).matmul(kv.v), p).swap_dims(1, 2)
     });
     let from_self = self_term.map(|kv| {
-        let w = kept.narrow(3, p.columns, 1).reshape([b, g, group, t, 1]);
-        (w * kv.v.reshape([b, g, 1, t, p.value_width])).reshape([b, h, t, p.value_width])
+        let w = per_token(kept.narrow(3, p.columns, 1), p);
+        let x = w * per_token(kv.v, p);
+        x.reshape([p.batch, p.queries, p.heads, p.value_width])
     });
     let out = match (from_columns, from_self) {
         (Some(x), Some(y)) => x + y,
         (Some(x), None) | (None, Some(x)) => x,
         (None, None) => unreachable!("the problem was validated"),
     };
+    let out = out.swap_dims(1, 2);
     (out, to_dtype(weights, dtype))
+}
+
+/// Heads that share keys as one longer run of queries, so that no key or value is repeated:
+/// `[batch, heads, queries, width]` → `[batch, kv_heads, heads/kv_heads · queries, width]`.
+fn group<B: Backend>(x: Tensor<B, 4>, p: &AttendProblem) -> Tensor<B, 4> {
+    if p.heads == p.kv_heads {
+        return x;
+    }
+    let width = x.dims()[3];
+    x.reshape([p.batch, p.kv_heads, p.heads / p.kv_heads * p.queries, width])
+}
+
+/// Back from [`group`].
+fn ungroup<B: Backend>(x: Tensor<B, 4>, p: &AttendProblem) -> Tensor<B, 4> {
+    if p.heads == p.kv_heads {
+        return x;
+    }
+    let width = x.dims()[3];
+    x.reshape([p.batch, p.heads, p.queries, width])
+}
+
+/// Token by token, the layout that projections leave behind: `[batch, heads, queries, width]` →
+/// `[batch, queries, kv_heads, heads/kv_heads, width]` (one head a group for keys and values).
+fn per_token<B: Backend>(x: Tensor<B, 4>, p: &AttendProblem) -> Tensor<B, 5> {
+    let [batch, heads, queries, width] = x.dims();
+    x.swap_dims(1, 2)
+        .reshape([batch, queries, p.kv_heads, heads / p.kv_heads, width])
 }
 
 fn add_mask<B: Backend>(
@@ -250,29 +271,12 @@ pub fn decode<B: AttentionBackend>(
     let pool_dtype = pool.dtype();
     let pool = B::write_slots(pool, current, to_dtype(row, pool_dtype));
 
-    let width = p.layout.width();
-    let keys = pool
-        .clone()
-        .select(0, slots.reshape([rows * p.max_slots]))
-        .reshape([rows, p.max_slots, width]);
-    let keys = to_dtype(keys, q.dtype());
-    let hidden = Tensor::<B, 1, Int>::arange(0..p.max_slots as i64, &keys.device())
+    let (k, v) = slots_as_keys(pool.clone(), slots, q.dtype(), p);
+    let hidden = Tensor::<B, 1, Int>::arange(0..p.max_slots as i64, &q.device())
         .reshape([1, p.max_slots])
         .expand([rows, p.max_slots])
         .greater(chunk.expand([rows, p.max_slots]));
     let g = p.layout.kv_heads();
-    let (k, v) = match p.layout {
-        SlotLayout::Dense { kv_heads, head_dim } => {
-            let kv = keys
-                .reshape([rows, p.max_slots, 2 * kv_heads, head_dim])
-                .swap_dims(1, 2);
-            (kv.clone().narrow(1, 0, g), kv.narrow(1, g, g))
-        }
-        SlotLayout::Latent { rank, .. } => {
-            let kv = keys.reshape([rows, 1, p.max_slots, width]);
-            (kv.clone(), kv.narrow(3, 0, rank))
-        }
-    };
     let q = q
         .mul_scalar(p.scale)
         .reshape([rows, g, p.heads / g, p.layout.key_width()]);
@@ -286,6 +290,32 @@ pub fn decode<B: AttentionBackend>(
         .matmul(v)
         .reshape([rows, p.heads, p.layout.value_width()]);
     (out, pool)
+}
+
+/// Keys and values `[rows, kv_heads, max_slots, ..]` of the slots that a table `[rows, max_slots]` names.
+fn slots_as_keys<B: Backend>(
+    pool: Tensor<B, 2>,
+    slots: Tensor<B, 2, Int>,
+    dtype: DType,
+    p: &DecodeProblem,
+) -> (Tensor<B, 4>, Tensor<B, 4>) {
+    let [rows, count] = slots.dims();
+    let held = to_dtype(pool.select(0, slots.reshape([rows * count])), dtype);
+    match p.layout {
+        SlotLayout::Dense { kv_heads, head_dim } => {
+            let kv = held
+                .reshape([rows, count, 2 * kv_heads, head_dim])
+                .swap_dims(1, 2);
+            (
+                kv.clone().narrow(1, 0, kv_heads),
+                kv.narrow(1, kv_heads, kv_heads),
+            )
+        }
+        SlotLayout::Latent { rank, .. } => {
+            let kv = held.reshape([rows, 1, count, p.layout.width()]);
+            (kv.clone(), kv.narrow(3, 0, rank))
+        }
+    }
 }
 
 /// The row that a slot holds after this token: gated latents add up, the newest rope key wins.

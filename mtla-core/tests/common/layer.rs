@@ -148,6 +148,11 @@ pub(crate) struct Layer<B: Backend> {
 }
 
 impl<B: AttentionBackend> Layer<B> {
+    /// A layer in the [precision](Precision::drawn) that the seed draws.
+    pub(crate) fn drawn(config: &AttentionConfig, seed: u64, device: &B::Device) -> Self {
+        Self::new(config, seed, Precision::drawn::<B>(seed, device), device)
+    }
+
     pub(crate) fn new(
         config: &AttentionConfig,
         seed: u64,

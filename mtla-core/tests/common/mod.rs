@@ -15,7 +15,6 @@ use proptest::{
     test_runner::{RngAlgorithm, TestRng, TestRunner},
 };
 
-pub(crate) use layer::{CrossLayer, Layer, any_attention, any_cross, any_latent, slot_elements};
 pub(crate) use oracle::Tokens;
 
 /// Runs `property` on `cases` values of `strategy`, the same ones in every run; `PROPTEST_CASES`
@@ -45,14 +44,25 @@ pub(crate) struct Precision {
     pub(crate) tolerance: f64,
 }
 
+/// The norms here run over as few as three numbers, and some backends take a variance as `E[x²] − E[x]²`:
+/// rounding errors grow a thousandfold before they reach an output.
 pub(crate) const F32: Precision = Precision {
     dtype: DType::F32,
-    tolerance: 1e-5,
+    tolerance: 3e-4,
 };
 pub(crate) const F64: Precision = Precision {
     dtype: DType::F64,
     tolerance: 1e-12,
 };
+
+impl Precision {
+    /// The precision that a drawn case is computed in: 64 bits for odd seeds, where the backend has them
+    /// (equal to the last digits, not just close), and else 32.
+    pub(crate) fn drawn<B: Backend>(seed: u64, device: &B::Device) -> Self {
+        let wide = !seed.is_multiple_of(2) && B::supports_dtype(device, DType::F64);
+        if wide { F64 } else { F32 }
+    }
+}
 
 /// A stream of numbers that depends on the seed alone (splitmix64).
 #[derive(Debug, Clone)]

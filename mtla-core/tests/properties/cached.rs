@@ -6,8 +6,9 @@ use mtla_core::{attention::AttentionConfig, backend_tests, cache::Cache, ops::At
 use proptest::{collection::vec, prelude::any, strategy::Strategy};
 
 use crate::common::{
-    F32, Layer, Numbers, Precision, Tokens, any_attention, assert_close, check, longest, rows_of,
-    vectors,
+    Numbers, Tokens, check,
+    layer::{Layer, any_attention},
+    longest, rows_of, vectors,
 };
 
 backend_tests!(
@@ -44,8 +45,8 @@ struct Setting<B: AttentionBackend> {
 }
 
 impl<B: AttentionBackend> Setting<B> {
-    fn new(case: &Case, precision: Precision, device: &B::Device) -> Self {
-        let layer = Layer::<B>::new(&case.config, case.seed, precision, device);
+    fn new(case: &Case, device: &B::Device) -> Self {
+        let layer = Layer::<B>::drawn(&case.config, case.seed, device);
         let rows = Numbers::new(case.seed).rows(&case.lengths, layer.d_model);
         let expected = rows.iter().map(|row| layer.oracle.row(row)).collect();
         Self {
@@ -93,20 +94,12 @@ impl<B: AttentionBackend> Setting<B> {
 }
 
 fn steps_are_the_whole_sequence<B: AttentionBackend>(device: &B::Device) {
-    stepwise::<B>(24, F32, device);
+    stepwise::<B>(32, device);
 }
 
-#[cfg(feature = "flex")]
-#[test]
-fn steps_are_the_whole_sequence_in_64_bits() {
-    use crate::common::F64;
-    stepwise::<burn_flex::Flex>(16, F64, &Default::default());
-    at_once::<burn_flex::Flex>(16, F64, &Default::default());
-}
-
-fn stepwise<B: AttentionBackend>(cases_: u32, precision: Precision, device: &B::Device) {
-    check(cases_, cases(), |case| {
-        let setting = Setting::<B>::new(&case, precision, device);
+fn stepwise<B: AttentionBackend>(count: u32, device: &B::Device) {
+    check(count, cases(), |case| {
+        let setting = Setting::<B>::new(&case, device);
         let mut cache = setting.layer.cache(case.lengths.len());
         setting.decode(&mut cache);
         for (row, length) in case.lengths.iter().enumerate() {
@@ -120,13 +113,13 @@ fn stepwise<B: AttentionBackend>(cases_: u32, precision: Precision, device: &B::
 }
 
 fn a_prefill_is_the_whole_sequence<B: AttentionBackend>(device: &B::Device) {
-    at_once::<B>(24, F32, device);
+    at_once::<B>(32, device);
 }
 
-fn at_once<B: AttentionBackend>(cases_: u32, precision: Precision, device: &B::Device) {
+fn at_once<B: AttentionBackend>(count: u32, device: &B::Device) {
     let some = cases().prop_filter("a token", |case| longest(&case.lengths) > 0);
-    check(cases_, (some, any::<u64>()), |(case, cut)| {
-        let setting = Setting::<B>::new(&case, precision, device);
+    check(count, (some, any::<u64>()), |(case, cut)| {
+        let setting = Setting::<B>::new(&case, device);
         let layer = &setting.layer;
         let all: Vec<usize> = (0..case.lengths.len()).collect();
 
@@ -178,7 +171,6 @@ fn pieces_are_the_whole_sequence<B: AttentionBackend>(device: &B::Device) {
                     lengths,
                     seed,
                 },
-                F32,
                 device,
             );
             let layer = &setting.layer;
@@ -213,7 +205,7 @@ fn pieces_are_the_whole_sequence<B: AttentionBackend>(device: &B::Device) {
 
 fn a_row_decodes_alone_as_in_a_batch<B: AttentionBackend>(device: &B::Device) {
     check(16, (cases(), 1usize..6), |(case, steps)| {
-        let setting = Setting::<B>::new(&case, F32, device);
+        let setting = Setting::<B>::new(&case, device);
         let layer = &setting.layer;
         let all: Vec<usize> = (0..case.lengths.len()).collect();
         let next: Vec<Tokens> = (0..steps)
@@ -239,7 +231,7 @@ fn a_row_decodes_alone_as_in_a_batch<B: AttentionBackend>(device: &B::Device) {
         let together = outputs(&all);
         for row in all {
             for (alone, together) in outputs(&[row]).iter().zip(&together) {
-                assert_close(&together[row..=row], alone, 1e-5, "alone and in a batch");
+                layer.assert_close(&together[row..=row], alone, "alone and in a batch");
             }
         }
     });
@@ -249,7 +241,7 @@ fn positions_and_rotations_of_the_caller<B: AttentionBackend>(device: &B::Device
     use crate::common::oracle::Question;
     let some = cases().prop_filter("two tokens", |case| case.lengths.iter().all(|n| *n > 1));
     check(16, some, |case| {
-        let setting = Setting::<B>::new(&case, F32, device);
+        let setting = Setting::<B>::new(&case, device);
         let layer = &setting.layer;
         let mut numbers = Numbers::new(!case.seed);
         let positions: Vec<Vec<usize>> = (case.lengths.iter())
@@ -312,6 +304,6 @@ fn positions_and_rotations_of_the_caller<B: AttentionBackend>(device: &B::Device
 
 /// Decoding during training (sampling for a validation metric, say) needs no other module.
 fn under_autodiff_as_without<B: AttentionBackend>(device: &B::Device) {
-    stepwise::<Autodiff<B>>(6, F32, device);
-    at_once::<Autodiff<B>>(6, F32, device);
+    stepwise::<Autodiff<B>>(6, device);
+    at_once::<Autodiff<B>>(6, device);
 }

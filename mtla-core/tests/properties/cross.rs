@@ -11,8 +11,9 @@ use mtla_core::{
 use proptest::{collection::vec, prelude::any, strategy::Strategy};
 
 use crate::common::{
-    CrossLayer, F32, Numbers, Precision, Tokens, any_cross, assert_close, check, flat, longest,
-    padded, rows_of, vectors,
+    Numbers, Precision, Tokens, assert_close, check, flat,
+    layer::{CrossLayer, any_cross},
+    longest, padded, rows_of, vectors,
 };
 
 backend_tests!(
@@ -59,7 +60,8 @@ struct Setting<B: AttentionBackend> {
 }
 
 impl<B: AttentionBackend> Setting<B> {
-    fn new(case: &Case, precision: Precision, device: &B::Device) -> Self {
+    fn new(case: &Case, device: &B::Device) -> Self {
+        let precision = Precision::drawn::<B>(case.seed, device);
         let mut numbers = Numbers::new(case.seed);
         Self {
             layer: CrossLayer::new(&case.config, case.seed, precision, device),
@@ -104,18 +106,8 @@ impl<B: AttentionBackend> Setting<B> {
 }
 
 fn ragged_sources_are_every_source_alone<B: AttentionBackend>(device: &B::Device) {
-    ragged::<B>(F32, device);
-}
-
-#[cfg(feature = "flex")]
-#[test]
-fn ragged_sources_are_every_source_alone_in_64_bits() {
-    ragged::<burn_flex::Flex>(crate::common::F64, &Default::default());
-}
-
-fn ragged<B: AttentionBackend>(precision: Precision, device: &B::Device) {
-    check(32, cases(), |case| {
-        let setting = Setting::<B>::new(&case, precision, device);
+    check(48, cases(), |case| {
+        let setting = Setting::<B>::new(&case, device);
         let source = setting.sources(&setting.sources, longest(&case.frames) + case.extra);
         let input = CrossInput::new(setting.queries(&setting.queries), source);
         let input = input.with_source_lengths(case.frames.clone());
@@ -124,7 +116,7 @@ fn ragged<B: AttentionBackend>(precision: Precision, device: &B::Device) {
             assert_close(
                 found,
                 &setting.expected(row),
-                precision.tolerance,
+                setting.precision.tolerance,
                 "cross-attention",
             );
         }
@@ -133,7 +125,7 @@ fn ragged<B: AttentionBackend>(precision: Precision, device: &B::Device) {
 
 fn a_row_in_any_batch_is_the_row_alone<B: AttentionBackend>(device: &B::Device) {
     check(16, cases(), |case| {
-        let setting = Setting::<B>::new(&case, F32, device);
+        let setting = Setting::<B>::new(&case, device);
         let forward = |rows: std::ops::Range<usize>, frames| {
             let source = setting.sources(&setting.sources[rows.clone()], frames);
             let input = CrossInput::new(setting.queries(&setting.queries[rows.clone()]), source);
@@ -143,7 +135,12 @@ fn a_row_in_any_batch_is_the_row_alone<B: AttentionBackend>(device: &B::Device) 
         let together = forward(0..case.frames.len(), longest(&case.frames) + case.extra);
         for (row, found) in together.iter().enumerate() {
             let alone = &forward(row..row + 1, case.frames[row])[0];
-            assert_close(found, alone, 1e-5, "in the batch and alone");
+            assert_close(
+                found,
+                alone,
+                setting.precision.tolerance,
+                "in the batch and alone",
+            );
         }
     });
 }
@@ -153,7 +150,7 @@ fn steps_over_a_source_in_pieces<B: AttentionBackend>(device: &B::Device) {
         32,
         (cases(), vec(vec(0usize..6, 3), 0..4)),
         |(case, cuts)| {
-            let setting = Setting::<B>::new(&case, F32, device);
+            let setting = Setting::<B>::new(&case, device);
             let rows: Vec<usize> = (0..case.frames.len()).collect();
             let mut cache = setting.cache(rows.len());
             let rest = vec![usize::MAX; 3];
@@ -177,11 +174,16 @@ fn steps_over_a_source_in_pieces<B: AttentionBackend>(device: &B::Device) {
             let table = cache.table(&rows);
             for i in 0..case.queries {
                 let x: Tokens = setting.queries.iter().map(|row| row[i].clone()).collect();
-                let x = flat(&x, F32.dtype, device);
+                let x = flat(&x, setting.precision.dtype, device);
                 let found = vectors(setting.layer.module.step(x, &table, cache.layer(0)));
                 for row in &rows {
                     let expected = &setting.expected(*row)[i..=i];
-                    assert_close(&found[*row..=*row], expected, F32.tolerance, "step");
+                    assert_close(
+                        &found[*row..=*row],
+                        expected,
+                        setting.precision.tolerance,
+                        "step",
+                    );
                 }
             }
         },
@@ -190,7 +192,7 @@ fn steps_over_a_source_in_pieces<B: AttentionBackend>(device: &B::Device) {
 
 fn beams_share_a_source<B: AttentionBackend>(device: &B::Device) {
     check(12, (cases(), vec(0usize..3, 1..7)), |(case, order)| {
-        let setting = Setting::<B>::new(&case, F32, device);
+        let setting = Setting::<B>::new(&case, device);
         let rows: Vec<usize> = (0..case.frames.len()).collect();
         let mut cache = setting.cache(rows.len());
         let plan = cache.extend(&rows, &case.frames);
@@ -210,7 +212,7 @@ fn beams_share_a_source<B: AttentionBackend>(device: &B::Device) {
             .iter()
             .map(|row| setting.queries[*row][0].clone())
             .collect();
-        let x = flat(&x, F32.dtype, device);
+        let x = flat(&x, setting.precision.dtype, device);
         let found = vectors(
             setting
                 .layer
@@ -218,14 +220,19 @@ fn beams_share_a_source<B: AttentionBackend>(device: &B::Device) {
                 .step(x, &cache.table(&beams), cache.layer(0)),
         );
         for (found, row) in found.chunks(1).zip(&order) {
-            assert_close(found, &setting.expected(*row)[..1], F32.tolerance, "a beam");
+            assert_close(
+                found,
+                &setting.expected(*row)[..1],
+                setting.precision.tolerance,
+                "a beam",
+            );
         }
     });
 }
 
 fn a_mask_hides_slots_by_their_first_frame<B: AttentionBackend>(device: &B::Device) {
     check(24, cases(), |case| {
-        let setting = Setting::<B>::new(&case, F32, device);
+        let setting = Setting::<B>::new(&case, device);
         let (batch, s) = (case.frames.len(), case.config.down_rate);
         let frames = longest(&case.frames);
         let mut numbers = Numbers::new(!case.seed);
@@ -260,7 +267,12 @@ fn a_mask_hides_slots_by_their_first_frame<B: AttentionBackend>(device: &B::Devi
             };
             let oracle = &setting.layer.oracle;
             let expected = oracle.cross(&sources[row], &setting.queries[row], &bias);
-            assert_close(&found[row], &expected, F32.tolerance, "masked slots");
+            assert_close(
+                &found[row],
+                &expected,
+                setting.precision.tolerance,
+                "masked slots",
+            );
         }
     });
 }

@@ -428,6 +428,28 @@ fn a_row_cannot_be_extended_twice_at_once() {
 }
 
 #[test]
+#[should_panic(expected = "no row has a new token")]
+fn a_prefill_brings_tokens() {
+    let attention = AttentionConfig::mha(8, 2)
+        .init::<Flex>(&Default::default())
+        .unwrap();
+    let mut cache = Cache::<Flex>::new(attention.cache_spec(), 1, &Default::default());
+    cache.join(2);
+    cache.extend(&[0, 1], &[0, 0]);
+}
+
+#[test]
+#[should_panic(expected = "no row has a new token")]
+fn a_step_has_rows() {
+    let attention = AttentionConfig::mha(8, 2)
+        .init::<Flex>(&Default::default())
+        .unwrap();
+    let mut cache = Cache::<Flex>::new(attention.cache_spec(), 1, &Default::default());
+    cache.join(2);
+    cache.step(&[]);
+}
+
+#[test]
 #[should_panic(expected = "the plan is for 1 rows of at most 3 tokens, the input has 1 rows of 4")]
 fn the_input_of_a_prefill_fits_its_plan() {
     let attention = AttentionConfig::mtla(8, 2)

@@ -9,8 +9,11 @@ use mtla_core::{
 use proptest::{collection::vec, prelude::any, strategy::Strategy};
 
 use crate::common::{
-    F32, Layer, Numbers, Precision, Tokens, any_attention, assert_close, check, longest,
-    oracle::Question, rows_of,
+    F32, Numbers, Tokens, check,
+    layer::{Layer, any_attention},
+    longest,
+    oracle::Question,
+    rows_of,
 };
 
 backend_tests!(
@@ -52,19 +55,8 @@ fn ragged() -> impl Strategy<Value = Ragged> {
 }
 
 fn a_ragged_batch_is_every_row_alone<B: AttentionBackend>(device: &B::Device) {
-    ragged_batches::<B>(40, F32, device);
-}
-
-/// The same to the last digits of 64 bits: the forms computed are equal, not just close.
-#[cfg(feature = "flex")]
-#[test]
-fn a_ragged_batch_is_every_row_alone_in_64_bits() {
-    ragged_batches::<burn_flex::Flex>(40, crate::common::F64, &Default::default());
-}
-
-fn ragged_batches<B: AttentionBackend>(cases: u32, precision: Precision, device: &B::Device) {
-    check(cases, ragged(), |case| {
-        let layer = Layer::<B>::new(&case.config, case.seed, precision, device);
+    check(64, ragged(), |case| {
+        let layer = Layer::<B>::drawn(&case.config, case.seed, device);
         let rows = Numbers::new(case.seed).rows(&case.lengths, layer.d_model);
         let input = AttentionInput::new(layer.padded(&rows, case.width()));
         let output = layer
@@ -79,7 +71,7 @@ fn ragged_batches<B: AttentionBackend>(cases: u32, precision: Precision, device:
 
 fn a_row_in_any_batch_is_the_row_alone<B: AttentionBackend>(device: &B::Device) {
     check(24, ragged(), |case| {
-        let layer = Layer::<B>::new(&case.config, case.seed, F32, device);
+        let layer = Layer::<B>::drawn(&case.config, case.seed, device);
         let rows = Numbers::new(case.seed).rows(&case.lengths, layer.d_model);
         let forward = |rows: &[Tokens], lengths: &[usize], width| {
             let input = AttentionInput::new(layer.padded(rows, width));
@@ -93,7 +85,7 @@ fn a_row_in_any_batch_is_the_row_alone<B: AttentionBackend>(device: &B::Device) 
         let together = forward(&rows, &case.lengths, case.width());
         for (row, found) in rows.iter().zip(together).filter(|(row, _)| !row.is_empty()) {
             let alone = forward(std::slice::from_ref(row), &[row.len()], row.len());
-            assert_close(&found, &alone[0], 1e-5, "in the batch and alone");
+            layer.assert_close(&found, &alone[0], "in the batch and alone");
         }
     });
 }
@@ -124,7 +116,7 @@ fn keys_may_start_before_the_queries<B: AttentionBackend>(device: &B::Device) {
              ragged: case,
              offsets,
          }| {
-            let layer = Layer::<B>::new(&case.config, case.seed, F32, device);
+            let layer = Layer::<B>::drawn(&case.config, case.seed, device);
             let mut numbers = Numbers::new(case.seed);
             let totals: Vec<usize> = offsets
                 .iter()
@@ -155,7 +147,7 @@ fn keys_may_start_before_the_queries<B: AttentionBackend>(device: &B::Device) {
          }| {
             // Without offsets the queries are the last keys, without lengths all are valid.
             let (offset, length) = (offsets[0], longest(&case.lengths).max(1));
-            let layer = Layer::<B>::new(&case.config, case.seed, F32, device);
+            let layer = Layer::<B>::drawn(&case.config, case.seed, device);
             let keys = Numbers::new(case.seed).rows(&[offset + length; 2], layer.d_model);
             let queries: Vec<Tokens> = keys.iter().map(|row| row[offset..].to_vec()).collect();
             let input = AttentionInput::new(layer.padded(&queries, length))
@@ -179,7 +171,7 @@ fn rotations_follow_the_given_positions<B: AttentionBackend>(device: &B::Device)
             },
             shared,
         )| {
-            let layer = Layer::<B>::new(&case.config, case.seed, F32, device);
+            let layer = Layer::<B>::drawn(&case.config, case.seed, device);
             let mut numbers = Numbers::new(case.seed);
             let offset = offsets[0];
             let (batch, length) = (case.lengths.len(), longest(&case.lengths).max(1));

@@ -12,13 +12,17 @@ use mtla_core::attention::{
     AttentionConfig, AttentionInput, CrossAttentionConfig, CrossInput, DenseConfig, LatentConfig,
 };
 
-use crate::common::{CrossLayer, F64, Layer, Numbers, padded, values};
+use crate::common::{
+    F64, Numbers,
+    layer::{CrossLayer, Layer},
+    padded, values,
+};
 
 type B = Autodiff<Flex>;
 
-/// With second-order differences the error is about `H² f‴ + 1e-15 / H`.
-const H: f64 = 1e-5;
-const TOLERANCE: f64 = 1e-8;
+/// The error of a central difference is about `H² f‴ / 6 + 1e-15 / H`.
+const H: f64 = 1e-6;
+const TOLERANCE: f64 = 1e-7;
 
 const LENGTHS: [usize; 2] = [7, 4];
 

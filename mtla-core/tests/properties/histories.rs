@@ -20,8 +20,9 @@ use proptest::{
 };
 
 use crate::common::{
-    F32, Layer, Numbers, Tokens, any_attention, assert_close, check, longest, rows_of,
-    slot_elements, vectors,
+    F32, Numbers, Precision, Tokens, check,
+    layer::{Layer, any_attention, slot_elements},
+    longest, rows_of, vectors,
 };
 
 backend_tests!(
@@ -80,8 +81,9 @@ struct World<B: AttentionBackend> {
 
 impl<B: AttentionBackend> World<B> {
     fn new(config: &AttentionConfig, seed: u64, device: &B::Device) -> Self {
+        let precision = Precision::drawn::<B>(seed, device);
         let layers: Vec<Layer<B>> = (0..LAYERS)
-            .map(|i| Layer::new(config, seed ^ i, F32, device))
+            .map(|i| Layer::new(config, seed ^ i, precision, device))
             .collect();
         let empty = Cache::new(layers[0].spec(), layers.len(), device);
         Self {
@@ -89,7 +91,7 @@ impl<B: AttentionBackend> World<B> {
             copied: empty,
             rows: Vec::new(),
             numbers: Numbers::new(seed),
-            slot_bytes: slot_elements(config) * size_of::<f32>() * layers.len(),
+            slot_bytes: slot_elements(config) * precision.dtype.size() * layers.len(),
             layers,
         }
     }
@@ -187,7 +189,7 @@ impl<B: AttentionBackend> World<B> {
             };
             let shared = step(&plan, &mut self.shared);
             let copied = step(&copied_plan, &mut self.copied);
-            assert_close(&shared, &copied, 1e-5, "shared and copied slots");
+            layer.assert_close(&shared, &copied, "shared and copied slots");
             for (k, row) in rows.iter().enumerate() {
                 let expected = &layer.oracle.row(&self.rows[*row])[starts[k]..];
                 layer.assert_close(&shared[k..=k], expected, "step");
@@ -246,7 +248,7 @@ impl<B: AttentionBackend> World<B> {
                 .flat_map(|row| cache.row_slots(row).to_vec())
                 .collect()
         };
-        let stride = self.layers[0].stride;
+        let (stride, dtype) = (self.layers[0].stride, self.layers[0].precision.dtype);
         for cache in [&self.shared, &self.copied] {
             assert_eq!(cache.rows(), self.rows.len());
             assert_eq!(cache.is_empty(), self.rows.is_empty());
@@ -259,7 +261,7 @@ impl<B: AttentionBackend> World<B> {
             assert!(cache.allocated_bytes() >= cache.live_bytes());
             for layer in 0..self.layers.len() {
                 let [held, width] = cache.layer(layer).slots().dims();
-                let bytes = held * width * size_of::<f32>() * self.layers.len();
+                let bytes = held * width * dtype.size() * self.layers.len();
                 assert_eq!(bytes, cache.allocated_bytes());
             }
         }

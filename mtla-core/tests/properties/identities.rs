@@ -14,7 +14,9 @@ use mtla_core::{
 use proptest::{prelude::any, strategy::Strategy};
 
 use crate::common::{
-    F32, Layer, Numbers, Tokens, any_attention, any_latent, check, rows_of, vectors,
+    Numbers, Tokens, check,
+    layer::{Layer, any_attention, any_latent},
+    rows_of, vectors,
 };
 
 backend_tests!(
@@ -57,7 +59,7 @@ fn mla_and_single_token_mtla() -> impl Strategy<Value = (AttentionConfig, Attent
 fn one_token_a_slot_is_gated_mla<B: AttentionBackend>(device: &B::Device) {
     let shapes = (mla_and_single_token_mtla(), 1usize..9, any::<u64>());
     check(12, shapes, |((_, mtla), tokens, seed)| {
-        let layer = Layer::<B>::new(&mtla, seed, F32, device);
+        let layer = Layer::<B>::drawn(&mtla, seed, device);
         let row = Numbers::new(seed).tokens(tokens, layer.d_model);
         let expected = layer.oracle.row(&row);
         for found in every_path(&layer, &row) {
@@ -70,8 +72,8 @@ fn an_open_gate_of_one_token_a_slot_is_mla<B: AttentionBackend>(device: &B::Devi
     let shapes = (mla_and_single_token_mtla(), 1usize..9, any::<u64>());
     check(12, shapes, |((mla, mtla), tokens, seed)| {
         // The gate's weights come last, so all others are alike.
-        let mla = Layer::<B>::new(&mla, seed, F32, device);
-        let mut mtla = Layer::<B>::new(&mtla, seed, F32, device);
+        let mla = Layer::<B>::drawn(&mla, seed, device);
+        let mut mtla = Layer::<B>::drawn(&mtla, seed, device);
         let Attention::Latent(latent) = &mut mtla.module else {
             unreachable!("a latent variant")
         };
@@ -84,8 +86,8 @@ fn an_open_gate_of_one_token_a_slot_is_mla<B: AttentionBackend>(device: &B::Devi
                 .map(|bias| bias.map(|b| b.ones_like() * 20));
         }
         let row = Numbers::new(seed).tokens(tokens, mla.d_model);
-        for (mtla, mla) in every_path(&mtla, &row).iter().zip(every_path(&mla, &row)) {
-            crate::common::assert_close(mtla, &mla, 1e-5, "MLA");
+        for (found, expected) in every_path(&mtla, &row).iter().zip(every_path(&mla, &row)) {
+            mla.assert_close(found, &expected, "MLA");
         }
     });
 }
@@ -100,7 +102,7 @@ fn the_two_rotary_layouts_are_permutations_of_each_other<B: AttentionBackend>(de
                     layout,
                     ..Default::default()
                 };
-                Layer::<B>::new(&config.clone().with_rope(rope), seed, F32, device)
+                Layer::<B>::drawn(&config.clone().with_rope(rope), seed, device)
             };
             let interleaved = with(RotaryLayout::Interleaved);
             let mut halves = with(RotaryLayout::HalfSplit);
@@ -127,8 +129,8 @@ fn the_two_rotary_layouts_are_permutations_of_each_other<B: AttentionBackend>(de
             let pairs = every_path(&halves, &row)
                 .into_iter()
                 .zip(every_path(&interleaved, &row));
-            for (halves, interleaved) in pairs {
-                crate::common::assert_close(&halves, &interleaved, 1e-5, "half-split, permuted");
+            for (found, expected) in pairs {
+                halves.assert_close(&found, &expected, "half-split, permuted");
             }
         },
     );

@@ -5,7 +5,9 @@ use mtla_core::{attention::AttentionInput, backend_tests, ops::AttentionBackend}
 use proptest::{collection::vec, prelude::any};
 
 use crate::common::{
-    F32, Layer, Numbers, Tokens, any_attention, check, longest,
+    Numbers, Tokens, check,
+    layer::{Layer, any_attention},
+    longest,
     oracle::{Question, visible},
     rows_of, values,
 };
@@ -37,7 +39,7 @@ fn weights_are_those_of_the_visible_tokens<B: AttentionBackend>(device: &B::Devi
         any::<u64>(),
     );
     check(32, shapes, |(config, spans, seed)| {
-        let layer = Layer::<B>::new(&config, seed, F32, device);
+        let layer = Layer::<B>::drawn(&config, seed, device);
         let mut numbers = Numbers::new(seed);
         let (offsets, lengths): (Vec<usize>, Vec<usize>) = spans.iter().copied().unzip();
         let totals: Vec<usize> = spans.iter().map(|(offset, n)| offset + n).collect();
@@ -57,6 +59,7 @@ fn weights_are_those_of_the_visible_tokens<B: AttentionBackend>(device: &B::Devi
         let weights = output.weights.expect("weights were asked for");
         assert_eq!(weights.dims()[2..], [queries, keys]);
         let (weights, context) = (nested(weights), rows_of(output.context));
+        let tolerance = layer.precision.tolerance;
         for row in 0..rows.len() {
             let answer = layer
                 .oracle
@@ -65,12 +68,15 @@ fn weights_are_those_of_the_visible_tokens<B: AttentionBackend>(device: &B::Devi
             layer.assert_close(&plain[row], &answer.outputs, "output without weights");
             for (found, expected) in weights[row].iter().zip(&answer.weights) {
                 for (i, (found, expected)) in found.iter().zip(expected).enumerate() {
-                    assert!((found.iter().sum::<f64>() - 1.0).abs() < 1e-5, "{found:?}");
+                    assert!(
+                        (found.iter().sum::<f64>() - 1.0).abs() < tolerance,
+                        "{found:?}"
+                    );
                     for (j, weight) in found.iter().enumerate() {
                         let seen = j < totals[row] && visible(offsets[row] + i, j, layer.stride);
                         let truth = if seen { expected[j] } else { 0.0 };
                         assert!(
-                            (weight - truth).abs() < 1e-5,
+                            (weight - truth).abs() < tolerance,
                             "{i} to {j}: {weight} not {truth}"
                         );
                         assert!(
@@ -90,7 +96,7 @@ fn masks_add_to_the_scores<B: AttentionBackend>(device: &B::Device) {
     check(40, (shapes, uses, any::<u64>()), |(shapes, uses, seed)| {
         let (config, batch, offset, queries) = shapes;
         let (additive, one_for_all, padding) = uses;
-        let layer = Layer::<B>::new(&config, seed, F32, device);
+        let layer = Layer::<B>::drawn(&config, seed, device);
         let mut numbers = Numbers::new(seed);
         let keys = offset + queries;
         let rows = numbers.rows(&vec![keys; batch], layer.d_model);
@@ -116,8 +122,9 @@ fn masks_add_to_the_scores<B: AttentionBackend>(device: &B::Device) {
                 .copied()
                 .collect::<Vec<f64>>();
             let data = TensorData::new(flat, [copies, queries, keys]);
-            let data = data.convert_dtype(F32.dtype);
-            input = input.with_mask(Tensor::from_data(data, device));
+            let dtype = layer.precision.dtype;
+            let mask = Tensor::from_data(data.convert_dtype(dtype), (device, dtype));
+            input = input.with_mask(mask);
         }
         let mut hidden = vec![vec![false; keys]; batch];
         if padding {
@@ -172,7 +179,7 @@ fn a_query_without_any_key_stays_finite<B: AttentionBackend>(device: &B::Device)
         12,
         (any_attention(), 1usize..7, any::<u64>()),
         |(config, tokens, seed)| {
-            let layer = Layer::<B>::new(&config, seed, F32, device);
+            let layer = Layer::<B>::drawn(&config, seed, device);
             let rows = Numbers::new(seed).rows(&[tokens, tokens], layer.d_model);
             let hidden: Vec<bool> = (0..2 * tokens).map(|i| i < tokens).collect();
             let mask =

@@ -74,7 +74,7 @@ impl Teller {
     pub(super) fn tell(mut self) -> Story {
         self.introduce_people();
         self.introduce_things();
-        let end = self.sentences.len() + self.rng.random_range(4..=8);
+        let end = self.sentences.len() + self.rng.random_range(3..=7);
         while self.sentences.len() < end {
             let (event, _) = *EVENTS
                 .choose_weighted(&mut self.rng, |&(_, weight)| weight)
@@ -246,16 +246,16 @@ impl Teller {
 
 /// The questions.
 impl Teller {
-    /// Up to four questions, no two of which rest on the same sentence.
+    /// Up to six different questions: much of what can be asked, so that there is much to learn it from.
     fn ask(&mut self) -> Vec<Question> {
-        let count = self.rng.random_range(3..=4);
+        let count = self.rng.random_range(5..=6);
         let mut candidates = self.answerable();
         let mut questions = Vec::new();
         while questions.len() < count
             && let Ok((_, asked)) = candidates.choose_weighted(&mut self.rng, |&(weight, _)| weight)
         {
             let asked = asked.clone();
-            candidates.retain(|(_, other)| other.evidence != asked.evidence);
+            candidates.retain(|(_, other)| other.question != asked.question);
             questions.push(asked);
         }
         questions
