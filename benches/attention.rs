@@ -4,7 +4,7 @@
 
 use std::{hint::black_box, time::Duration};
 
-use burn::tensor::{Tensor, Tolerance, backend::Backend};
+use burn::tensor::{Tensor, Tolerance};
 use burn_autodiff::Autodiff;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use mtla_benches::{D_MODEL, input, variants};

@@ -87,7 +87,7 @@ impl Program for LanguageModelRun {
         };
         settings.model.vocab_size = vocabulary.size();
         let tokens = text.encode(&vocabulary);
-        text.describe(&tokens, &vocabulary);
+        Text::describe(&tokens, &vocabulary);
 
         let model = train::<B>(
             &arguments,

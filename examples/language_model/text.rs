@@ -75,7 +75,7 @@ impl Text {
     }
 
     /// Prints how much there is.
-    pub(crate) fn describe(&self, tokens: &Split<Vec<Vec<u32>>>, vocabulary: &Vocabulary) {
+    pub(crate) fn describe(tokens: &Split<Vec<Vec<u32>>>, vocabulary: &Vocabulary) {
         let count = |part: &Vec<Vec<u32>>| part.iter().map(Vec::len).sum::<usize>();
         println!(
             "{} documents, {} tokens to train on, {} to validate on, {} held out; vocabulary {}",

@@ -63,8 +63,7 @@ impl BackendKind {
             Self::Tch => program.run::<burn_tch::LibTorch>(Default::default()),
             #[allow(unreachable_patterns, reason = "unless every backend is compiled in")]
             missing => {
-                let name = missing.to_possible_value().expect("no value is skipped");
-                let name = name.get_name();
+                let name = format!("{missing:?}").to_lowercase();
                 anyhow::bail!(
                     "this program was built without the backend {name}: build it with --features {name}"
                 )

@@ -355,7 +355,7 @@ impl<B: AttentionBackend> Runner<'_, B> {
                 .collect::<Vec<_>>(),
         );
         let start = x.clone().narrow(1, 0, prompt);
-        let is_last = name.ends_with(".last");
+        let is_last = name.rsplit('.').next() == Some("last");
         let y_prompt = if is_last {
             let y = self
                 .attention

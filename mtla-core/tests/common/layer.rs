@@ -313,7 +313,7 @@ fn dense<B: Backend>(config: &DenseConfig, kv_heads: usize, module: &Attention<B
     let Attention::Grouped(m) = module else {
         panic!("not a dense layer")
     };
-    Oracle::Dense(oracle::Dense {
+    Oracle::Dense(Box::new(oracle::Dense {
         q: linear(&m.q_proj),
         k: linear(&m.k_proj),
         v: linear(&m.v_proj),
@@ -322,14 +322,14 @@ fn dense<B: Backend>(config: &DenseConfig, kv_heads: usize, module: &Attention<B
         kv_heads,
         width: config.head_dim(),
         rope: rope(config.rope),
-    })
+    }))
 }
 
 fn latent<B: Backend>(config: &LatentConfig, stride: usize, module: &Attention<B>) -> Oracle {
     let Attention::Latent(m) = module else {
         panic!("not a latent layer")
     };
-    Oracle::Latent(oracle::Latent {
+    Oracle::Latent(Box::new(oracle::Latent {
         query: query(&m.wq),
         kv_a: linear(&m.wkv_a),
         norm: norm(&m.kv_norm),
@@ -342,7 +342,7 @@ fn latent<B: Backend>(config: &LatentConfig, stride: usize, module: &Attention<B
         value: config.v_head_dim,
         stride,
         rope: rope(config.rope),
-    })
+    }))
 }
 
 fn rope(config: RotaryConfig) -> Rope {

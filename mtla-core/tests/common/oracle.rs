@@ -150,8 +150,8 @@ pub(crate) struct Latent {
 /// A self-attention layer.
 #[derive(Debug)]
 pub(crate) enum Oracle {
-    Dense(Dense),
-    Latent(Latent),
+    Dense(Box<Dense>),
+    Latent(Box<Latent>),
 }
 
 /// What one row is asked.

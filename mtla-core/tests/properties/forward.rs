@@ -206,9 +206,9 @@ fn rotations_follow_the_given_positions<B: AttentionBackend>(device: &B::Device)
 #[cfg(feature = "flex")]
 #[test]
 fn far_positions_are_exact() {
-    use burn_flex::Flex;
+    use burn_flex::{Flex, FlexDevice};
     let config = AttentionConfig::mtla(16, 2);
-    let layer = Layer::<Flex>::new(&config, 3, F32, &Default::default());
+    let layer = Layer::<Flex>::new(&config, 3, F32, &FlexDevice);
     let rows = Numbers::new(4).rows(&[6], layer.d_model);
     let positions: Vec<usize> = (0..6).map(|i| 1_000_003 + 7 * i).collect();
     let input = AttentionInput::new(layer.padded(&rows, 6)).with_positions(vec![positions.clone()]);

@@ -7,9 +7,13 @@ use burn::{
     tensor::{Tensor, TensorData, backend::AutodiffBackend},
 };
 use burn_autodiff::Autodiff;
-use burn_flex::Flex;
-use mtla_core::attention::{
-    AttentionConfig, AttentionInput, CrossAttentionConfig, CrossInput, DenseConfig, LatentConfig,
+use burn_flex::{Flex, FlexDevice};
+use mtla_core::{
+    attention::{
+        AttentionConfig, AttentionInput, CrossAttentionConfig, CrossInput, DenseConfig,
+        LatentConfig,
+    },
+    rope::RotaryConfig,
 };
 
 use crate::common::{
@@ -45,7 +49,7 @@ fn latent(q_lora_rank: usize, bias: bool) -> LatentConfig {
         v_head_dim: 3,
         bias,
         dropout: 0.0,
-        rope: Default::default(),
+        rope: RotaryConfig::default(),
     }
 }
 
@@ -62,7 +66,7 @@ fn check_self_attention(config: &AttentionConfig) {
         let config = config
             .clone()
             .with_dropout(if seed.is_some() { 0.3 } else { 0.0 });
-        let layer = Layer::<B>::new(&config, 5 + case as u64, F64, &Default::default());
+        let layer = Layer::<B>::new(&config, 5 + case as u64, F64, &FlexDevice);
         let mut numbers = Numbers::new(6);
         let x = layer.padded(&numbers.rows(&LENGTHS, layer.d_model), LENGTHS[0]);
         check_gradients(&layer.module, vec![x], LENGTHS, |module, x| {
@@ -86,7 +90,7 @@ fn check_self_attention(config: &AttentionConfig) {
 }
 
 fn check_cross_attention(config: &CrossAttentionConfig) {
-    let device = Default::default();
+    let device = FlexDevice;
     for seed in [None, Some(12)] {
         let dropout = if seed.is_some() { 0.3 } else { 0.0 };
         let config = CrossAttentionConfig {
@@ -146,7 +150,7 @@ fn of_temporal_attention() {
 #[test]
 fn of_the_absorbed_form() {
     for config in [AttentionConfig::Mla(latent(0, true)), mtla(2), mtla(3)] {
-        let layer = Layer::<B>::new(&config, 9, F64, &Default::default());
+        let layer = Layer::<B>::new(&config, 9, F64, &FlexDevice);
         let mut numbers = Numbers::new(10);
         let x = layer.padded(&numbers.rows(&[1], layer.d_model), 1);
         let keys = layer.padded(&numbers.rows(&[13], layer.d_model), 13);
@@ -189,7 +193,7 @@ fn check_gradients<M: Module<B>, const N: usize>(
     lengths: [usize; N],
     forward: impl Fn(&M, &[Tensor<B, 3>]) -> Tensor<B, 3>,
 ) {
-    let device = Default::default();
+    let device = FlexDevice;
     let inputs: Vec<_> = inputs
         .into_iter()
         .map(|x| x.detach().require_grad())

@@ -107,8 +107,12 @@ fn the_two_rotary_layouts_are_permutations_of_each_other<B: AttentionBackend>(de
             let interleaved = with(RotaryLayout::Interleaved);
             let mut halves = with(RotaryLayout::HalfSplit);
             match (&mut halves.module, &config) {
-                (Attention::Grouped(m), AttentionConfig::Mha(c) | AttentionConfig::Mqa(c))
-                | (Attention::Grouped(m), AttentionConfig::Gqa { dense: c, .. }) => {
+                (
+                    Attention::Grouped(m),
+                    AttentionConfig::Mha(c)
+                    | AttentionConfig::Mqa(c)
+                    | AttentionConfig::Gqa { dense: c, .. },
+                ) => {
                     permute(&mut m.q_proj, 0, 0, c.head_dim());
                     permute(&mut m.k_proj, 0, 0, c.head_dim());
                 }

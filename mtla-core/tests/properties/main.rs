@@ -13,3 +13,4 @@ mod gradients;
 mod histories;
 mod identities;
 mod masks;
+mod problems;

@@ -1,6 +1,6 @@
 //! Attention weights and the caller's masks.
 
-use burn::tensor::{Bool, Tensor, TensorData};
+use burn::tensor::{Bool, DType, Tensor, TensorData};
 use mtla_core::{attention::AttentionInput, backend_tests, ops::AttentionBackend};
 use proptest::{collection::vec, prelude::any};
 
@@ -9,7 +9,7 @@ use crate::common::{
     layer::{Layer, any_attention},
     longest,
     oracle::{Question, visible},
-    rows_of, values,
+    padded, rows_of, values,
 };
 
 backend_tests!(
@@ -90,76 +90,84 @@ fn weights_are_those_of_the_visible_tokens<B: AttentionBackend>(device: &B::Devi
     });
 }
 
+/// Masks of one batch: `[1|batch][queries][keys]` to be added and `[batch][keys]` to be hidden.
+#[derive(Debug)]
+struct Masks {
+    additive: Option<Vec<Tokens>>,
+    padding: Option<Vec<Vec<bool>>>,
+}
+
+impl Masks {
+    fn draw(uses: [bool; 3], [batch, queries, keys]: [usize; 3], numbers: &mut Numbers) -> Self {
+        let [additive, one_for_all, padding] = uses;
+        let mut mask = numbers.rows(&vec![queries; if one_for_all { 1 } else { batch }], keys);
+        for entry in mask.iter_mut().flatten().flatten() {
+            if numbers.below(4) == 0 {
+                *entry = f64::NEG_INFINITY;
+            }
+        }
+        let mut hide = |_| (0..keys).map(|_| numbers.below(3) == 0).collect();
+        let hidden = (0..batch).map(&mut hide).collect();
+        Self {
+            additive: additive.then_some(mask),
+            padding: padding.then_some(hidden),
+        }
+    }
+
+    fn give<B: AttentionBackend>(
+        &self,
+        mut input: AttentionInput<B>,
+        dtype: DType,
+        device: &B::Device,
+    ) -> AttentionInput<B> {
+        if let Some(mask) = &self.additive {
+            let shape = [mask[0].len(), mask[0][0].len()];
+            input = input.with_mask(padded(mask, shape, dtype, device));
+        }
+        if let Some(hidden) = &self.padding {
+            let data = TensorData::new(hidden.concat(), [hidden.len(), hidden[0].len()]);
+            input = input.with_key_padding_mask(Tensor::from_data(data, device));
+        }
+        input
+    }
+
+    /// What is added to the score of query `i` and key `j` of `row`.
+    fn bias(&self, row: usize, i: usize, j: usize) -> f64 {
+        let added = |mask: &Vec<Tokens>| mask[row % mask.len()][i][j];
+        let hidden = self.padding.as_ref().is_some_and(|hidden| hidden[row][j]);
+        let padding = if hidden { f64::NEG_INFINITY } else { 0.0 };
+        self.additive.as_ref().map_or(0.0, added) + padding
+    }
+}
+
 fn masks_add_to_the_scores<B: AttentionBackend>(device: &B::Device) {
     let shapes = (any_attention(), 1usize..4, 0usize..6, 1usize..10);
-    let uses = (any::<bool>(), any::<bool>(), any::<bool>());
+    let uses = any::<[bool; 3]>();
     check(40, (shapes, uses, any::<u64>()), |(shapes, uses, seed)| {
         let (config, batch, offset, queries) = shapes;
-        let (additive, one_for_all, padding) = uses;
         let layer = Layer::<B>::drawn(&config, seed, device);
         let mut numbers = Numbers::new(seed);
         let keys = offset + queries;
         let rows = numbers.rows(&vec![keys; batch], layer.d_model);
         let ends: Vec<Tokens> = rows.iter().map(|row| row[offset..].to_vec()).collect();
-        let mut input =
+        let input =
             AttentionInput::new(layer.padded(&ends, queries)).with_keys(layer.padded(&rows, keys));
-
-        let copies = if one_for_all { 1 } else { batch };
-        let entry = |numbers: &mut Numbers| match numbers.below(4) {
-            0 => f64::NEG_INFINITY,
-            _ => numbers.normal(),
-        };
-        let mut mask = vec![vec![vec![0.0; keys]; queries]; copies];
-        if additive {
-            mask.iter_mut()
-                .flatten()
-                .flatten()
-                .for_each(|x| *x = entry(&mut numbers));
-            let flat = mask
-                .iter()
-                .flatten()
-                .flatten()
-                .copied()
-                .collect::<Vec<f64>>();
-            let data = TensorData::new(flat, [copies, queries, keys]);
-            let dtype = layer.precision.dtype;
-            let mask = Tensor::from_data(data.convert_dtype(dtype), (device, dtype));
-            input = input.with_mask(mask);
-        }
-        let mut hidden = vec![vec![false; keys]; batch];
-        if padding {
-            hidden
-                .iter_mut()
-                .flatten()
-                .for_each(|x| *x = numbers.below(3) == 0);
-            let data = TensorData::new(hidden.concat(), [batch, keys]);
-            let mask = Tensor::<B, 2, Bool>::from_data(data, device);
-            input = input.with_key_padding_mask(mask);
-        }
+        let masks = Masks::draw(uses, [batch, queries, keys], &mut numbers);
+        let input = masks.give(input, layer.precision.dtype, device);
 
         let output = layer.module.forward(input.with_weights());
         let (found, weights) = (rows_of(output.context), nested(output.weights.unwrap()));
         for row in 0..batch {
-            let bias = |i: usize, j: usize| {
-                let padding = if hidden[row][j] {
-                    f64::NEG_INFINITY
-                } else {
-                    0.0
-                };
-                mask[row % copies][i][j] + padding
-            };
+            let bias = |i: usize, j: usize| masks.bias(row, i, j);
             let question = Question {
                 bias: &bias,
                 ..Question::new(&rows[row], &ends[row], offset)
             };
             let answer = layer.oracle.answer(&question);
             for i in 0..queries {
-                let sees = |j: &usize| visible(offset + i, *j, layer.stride);
-                // A query that sees nothing has no answer.
-                if (0..keys)
-                    .filter(sees)
-                    .all(|j| bias(i, j) == f64::NEG_INFINITY)
-                {
+                let mut seen = (0..keys).filter(|j| visible(offset + i, *j, layer.stride));
+                if seen.all(|j| bias(i, j) == f64::NEG_INFINITY) {
+                    // A query that sees nothing has no answer.
                     assert!(found[row][i].iter().all(|x| x.is_finite()));
                     continue;
                 }

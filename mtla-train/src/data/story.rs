@@ -320,10 +320,12 @@ mod tests {
             park. There was a bell in the forest. There was a ball in the cave. Finn had a ring. Then \
             Iris picked up the bell in the forest. Finn left the ring in the park. Iris went to the \
             barn. Finn and Rosa walked to the forest. Soon Iris went to the cave and left the bell \
-            there. Finn went to the park and took the ring.\n\
-            Where is Rosa? Rosa is in the forest.\n\
+            there.\n\
             Where is the ball? The ball is in the cave.\n\
-            Where is Iris? Iris is in the cave.";
+            Where is the bell? The bell is in the cave.\n\
+            Where is the ring? The ring is in the park.\n\
+            Where is Iris? Iris is in the cave.\n\
+            Where is Finn? Finn is in the forest.";
         assert_eq!(StoryWorld::new(1).story(0).render(), expected);
     }
 
