@@ -1,4 +1,5 @@
-//! Gradients against central finite differences in 64 bits, for every parameter and every input.
+//! Gradients against central finite differences in 64 bits, for every parameter and every input, and those
+//! of every backend in 32 bits against them.
 
 #![cfg(feature = "flex")]
 
@@ -10,17 +11,22 @@ use burn_autodiff::Autodiff;
 use burn_flex::{Flex, FlexDevice};
 use mtla_core::{
     attention::{
-        AttentionConfig, AttentionInput, CrossAttentionConfig, CrossInput, DenseConfig,
+        Attention, AttentionConfig, AttentionInput, CrossAttentionConfig, CrossInput, DenseConfig,
         LatentConfig,
     },
+    backend_tests,
+    ops::AttentionBackend,
     rope::RotaryConfig,
 };
+use proptest::{collection::vec, prelude::any};
 
 use crate::common::{
-    F64, Numbers,
+    F32, F64, Numbers, Precision, check,
     layer::{CrossLayer, Layer},
-    padded, values,
+    longest, padded, values,
 };
+
+backend_tests!(of_32_bits_are_those_of_64);
 
 type B = Autodiff<Flex>;
 
@@ -185,71 +191,145 @@ fn of_cross_attention() {
     check_cross_attention(&low_rank);
 }
 
-/// Compares `∂/∂(parameters, inputs) Σ r·y`, with `r` random over the first `lengths[b]` outputs of each
-/// row and 0 over the padding.
-fn check_gradients<M: Module<B>, const N: usize>(
-    module: &M,
-    inputs: Vec<Tensor<B, 3>>,
-    lengths: [usize; N],
-    forward: impl Fn(&M, &[Tensor<B, 3>]) -> Tensor<B, 3>,
-) {
-    let device = FlexDevice;
-    let inputs: Vec<_> = inputs
-        .into_iter()
-        .map(|x| x.detach().require_grad())
-        .collect();
-    let output = forward(module, &inputs);
-    let [batch, tokens, width] = output.dims();
+/// One ragged batch of a layer in the published proportions, where 32 bits lose next to nothing.
+#[derive(Debug)]
+struct Batch {
+    config: AttentionConfig,
+    lengths: Vec<usize>,
+    /// Tokens of a prefix that every row has.
+    offset: usize,
+    dropout_seed: Option<u64>,
+    seed: u64,
+}
+
+impl Batch {
+    fn gradients<A: AttentionBackend + AutodiffBackend>(
+        &self,
+        precision: Precision,
+        device: &A::Device,
+    ) -> Vec<(String, Vec<f64>)> {
+        let layer = Layer::<A>::new(&self.config, self.seed, precision, device);
+        let totals: Vec<usize> = self.lengths.iter().map(|n| n + self.offset).collect();
+        let mut numbers = Numbers::new(self.seed);
+        let rows = numbers.rows(&self.lengths, layer.d_model);
+        let x = layer.padded(&rows, longest(&self.lengths));
+        let keys = layer.padded(&numbers.rows(&totals, layer.d_model), longest(&totals));
+        let forward = |module: &Attention<A>, x: &[Tensor<A, 3>]| {
+            let input = AttentionInput::new(x[0].clone())
+                .with_keys(x[1].clone())
+                .with_offsets(vec![self.offset; self.lengths.len()])
+                .with_lengths(self.lengths.clone())
+                .with_dropout_seed(self.dropout_seed);
+            module.forward(input).context
+        };
+        let inputs = [x.require_grad(), keys.require_grad()];
+        gradients(&layer.module, &inputs, &self.lengths, forward)
+    }
+}
+
+fn of_32_bits_are_those_of_64<T: AttentionBackend>(device: &T::Device) {
+    let shapes = (0..5usize, 1..6usize, vec(1..14usize, 1..3), 0..9usize);
+    let seeds = (any::<Option<u64>>(), any::<u64>());
+    check(24, (shapes, seeds), |(shapes, (dropout_seed, seed))| {
+        let (kind, down_rate, lengths, offset) = shapes;
+        let config = match kind {
+            0 => AttentionConfig::mha(16, 2),
+            1 => AttentionConfig::gqa(16, 4, 2),
+            2 => AttentionConfig::mla(16, 2),
+            _ => AttentionConfig::mtla(16, 2).with_down_rate(down_rate),
+        };
+        let batch = Batch {
+            config: config.with_bias(seed % 2 == 0).with_dropout(0.2),
+            lengths,
+            offset,
+            dropout_seed,
+            seed,
+        };
+        let found = batch.gradients::<Autodiff<T>>(F32, device);
+        let expected = batch.gradients::<B>(F64, &FlexDevice);
+        for ((name, found), (_, expected)) in found.iter().zip(&expected) {
+            let largest = expected.iter().fold(1.0, |a: f64, b| a.max(b.abs()));
+            for (element, (a, b)) in found.iter().zip(expected).enumerate() {
+                let error = (a - b).abs() / largest;
+                assert!(
+                    error < 2e-5,
+                    "{name}[{element}]: {a}, in 64 bits {b} (off by {error:e})"
+                );
+            }
+        }
+    });
+}
+
+/// The loss is `Σ r·y`, with `r` random over the first `lengths[b]` outputs of each row and 0 over the
+/// padding.
+fn cotangent([batch, tokens, width]: [usize; 3], lengths: &[usize]) -> Vec<f64> {
     let mut numbers = Numbers::new(13);
     let mut r = vec![0.0; batch * tokens * width];
     for (row, length) in lengths.iter().enumerate() {
         let first = row * tokens * width;
         r[first..first + length * width].fill_with(|| numbers.normal());
     }
-    let data = TensorData::new(r.clone(), [batch, tokens, width]);
-    let grads = (output * Tensor::from_data(data, (&device, F64.dtype)))
-        .sum()
-        .backward();
-    let loss = |module: &M, inputs: &[Tensor<B, 3>]| -> f64 {
-        values(forward(module, inputs))
-            .iter()
-            .zip(&r)
-            .map(|(y, r)| y * r)
-            .sum()
-    };
+    r
+}
 
-    let mut found = Collected {
+/// The gradients of the loss by all parameters, then by all inputs, with their names.
+fn gradients<A: AutodiffBackend, M: Module<A>>(
+    module: &M,
+    inputs: &[Tensor<A, 3>],
+    lengths: &[usize],
+    forward: impl Fn(&M, &[Tensor<A, 3>]) -> Tensor<A, 3>,
+) -> Vec<(String, Vec<f64>)> {
+    let output = forward(module, inputs);
+    let options = (&output.device(), output.dtype());
+    let r = TensorData::new(cotangent(output.dims(), lengths), output.dims());
+    let r = Tensor::from_data(r.convert_dtype(options.1), options);
+    let grads = (output * r).sum().backward();
+    let mut collected = Collected::<A> {
         grads: &grads,
         found: Vec::new(),
         path: Vec::new(),
     };
-    module.visit(&mut found);
-    assert!(
-        found
-            .found
-            .iter()
-            .any(|(_, gradient)| gradient.iter().any(|g| *g != 0.0))
-    );
-    for (number, (name, gradient)) in found.found.iter().enumerate() {
-        let at = |element, delta| {
-            let module = module.clone().map(&mut Nudge {
+    module.visit(&mut collected);
+    let mut found = collected.found;
+    for (i, input) in inputs.iter().enumerate() {
+        let gradient = input.grad(&grads).expect("the input has a gradient");
+        found.push((format!("input {i}"), values(gradient)));
+    }
+    let alive = |(_, gradient): &(_, Vec<f64>)| gradient.iter().any(|g| *g != 0.0);
+    assert!(found.iter().any(alive));
+    found
+}
+
+fn check_gradients<M: Module<B>, const N: usize>(
+    module: &M,
+    inputs: Vec<Tensor<B, 3>>,
+    lengths: [usize; N],
+    forward: impl Fn(&M, &[Tensor<B, 3>]) -> Tensor<B, 3>,
+) {
+    let inputs: Vec<_> = inputs.into_iter().map(Tensor::require_grad).collect();
+    let found = gradients(module, &inputs, &lengths, &forward);
+    let loss = |module: &M, inputs: &[Tensor<B, 3>]| -> f64 {
+        let output = forward(module, inputs);
+        let r = cotangent(output.dims(), &lengths);
+        values(output).iter().zip(&r).map(|(y, r)| y * r).sum()
+    };
+    let parameters = found.len() - inputs.len();
+    for (number, (name, gradient)) in found.iter().enumerate() {
+        compare(name, gradient, |element, delta| {
+            if number >= parameters {
+                let mut inputs = inputs.clone();
+                let input = &mut inputs[number - parameters];
+                *input = nudged(input.clone(), element, delta);
+                return loss(module, &inputs);
+            }
+            let mut nudge = Nudge {
                 number,
                 element,
                 delta,
                 seen: 0,
-            });
-            loss(&module, &inputs)
-        };
-        compare(name, gradient, at);
-    }
-    for (i, input) in inputs.iter().enumerate() {
-        let gradient = values(input.grad(&grads).expect("the input has a gradient"));
-        let at = |element, delta| {
-            let mut inputs = inputs.clone();
-            inputs[i] = nudged(inputs[i].clone(), element, delta);
-            loss(module, &inputs)
-        };
-        compare(&format!("input {i}"), &gradient, at);
+            };
+            loss(&module.clone().map(&mut nudge), &inputs)
+        });
     }
 }
 
@@ -291,13 +371,13 @@ impl ModuleMapper<B> for Nudge {
 }
 
 /// The gradients of all parameters, by path.
-struct Collected<'a> {
-    grads: &'a <B as AutodiffBackend>::Gradients,
+struct Collected<'a, A: AutodiffBackend> {
+    grads: &'a A::Gradients,
     found: Vec<(String, Vec<f64>)>,
     path: Vec<String>,
 }
 
-impl ModuleVisitor<B> for Collected<'_> {
+impl<A: AutodiffBackend> ModuleVisitor<A> for Collected<'_, A> {
     fn enter_module(&mut self, name: &str, _: &str) {
         self.path.push(name.to_owned());
     }
@@ -306,7 +386,7 @@ impl ModuleVisitor<B> for Collected<'_> {
         self.path.pop();
     }
 
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<A, D>>) {
         let name = self.path.join(".");
         let gradient = param.val().grad(self.grads);
         let gradient = gradient.unwrap_or_else(|| panic!("{name} has no gradient"));
