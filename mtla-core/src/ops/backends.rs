@@ -3,10 +3,20 @@
 use burn::tensor::{Int, Tensor};
 use burn_autodiff::{Autodiff, checkpoint::strategy::CheckpointStrategy};
 
-use super::{AttentionBackend, DecodeOperands, DecodeProblem};
+use super::{
+    AttendOperands, AttendProblem, AttentionBackend, DecodeOperands, DecodeProblem, autodiff, plain,
+};
 
-/// Traces the plain form of `attend`; decoding has no gradient and runs on the inner backend.
+/// Records the inner backend's own `attend` where it has a backward pass, and traces the plain form where
+/// not. Decoding has no gradient and runs on the inner backend.
 impl<B: AttentionBackend, C: CheckpointStrategy> AttentionBackend for Autodiff<B, C> {
+    fn attend(operands: AttendOperands<Self>, problem: &AttendProblem) -> Tensor<Self, 4> {
+        match B::differentiable_attend() {
+            Some(native) => autodiff::attend(operands, problem, native),
+            None => plain::attend(operands, problem),
+        }
+    }
+
     fn decode(
         operands: DecodeOperands<Self>,
         problem: &DecodeProblem,
@@ -58,9 +68,21 @@ mod flex {
     use burn::tensor::{DType, Element, TensorPrimitive};
     use burn_flex::{Flex, FlexTensor};
 
-    use super::{AttentionBackend, Int, Tensor};
+    use super::{AttendOperands, AttendProblem, AttentionBackend, Int, Tensor};
+    use crate::ops::{DifferentiableAttend, host};
 
     impl AttentionBackend for Flex {
+        fn attend(operands: AttendOperands<Self>, problem: &AttendProblem) -> Tensor<Self, 4> {
+            host::forward(operands, problem).out
+        }
+
+        fn differentiable_attend() -> Option<DifferentiableAttend<Self>> {
+            Some(DifferentiableAttend {
+                forward: host::forward,
+                backward: host::backward,
+            })
+        }
+
         /// Writes rows straight into the pool's storage: Flex's own scatter copies the whole pool.
         fn write_slots(
             pool: Tensor<Self, 2>,

@@ -17,10 +17,18 @@ impl Dropout {
     /// Whether the weight in `row` (rows of the score matrix are numbered `(batch·heads + head)·queries +
     /// query`) and `column` (the self term has the number after the last column) is kept.
     pub fn keeps(&self, row: u32, column: u32) -> bool {
-        let low = self.seed as u32;
-        let high = (self.seed >> 32) as u32;
-        let hash = mix(column ^ mix(row ^ mix(high ^ mix(low))));
-        f64::from(hash) >= self.probability * 4_294_967_296.0
+        self.row(row).keeps(column)
+    }
+
+    /// One row of the mask.
+    pub(crate) fn row(&self, row: u32) -> DropoutRow {
+        let (low, high) = (self.seed as u32, (self.seed >> 32) as u32);
+        DropoutRow {
+            hash: mix(row ^ mix(high ^ mix(low))),
+            // As many of the 2^32 hashes are below it as are to be dropped; `p < 1`, so it fits.
+            threshold: (self.probability * 4_294_967_296.0).ceil() as u32,
+            factor: (1.0 / (1.0 - self.probability)) as f32,
+        }
     }
 
     /// The whole mask: `1 / (1 − p)` where a weight is kept and 0 where it is dropped.
@@ -30,11 +38,10 @@ impl Dropout {
         dtype: DType,
         device: &B::Device,
     ) -> Tensor<B, 4> {
-        let scale = (1.0 / (1.0 - self.probability)) as f32;
         let rows = (batch * heads * queries) as u32;
         let values: Vec<f32> = (0..rows)
-            .flat_map(|row| (0..columns as u32).map(move |column| (row, column)))
-            .map(|(row, column)| if self.keeps(row, column) { scale } else { 0.0 })
+            .map(|row| self.row(row))
+            .flat_map(|row| (0..columns).map(move |column| row.factor(column) as f32))
             .collect();
         Tensor::from_data(
             TensorData::new(values, [batch, heads, queries, columns]),
@@ -43,7 +50,30 @@ impl Dropout {
     }
 }
 
+/// One row of a mask.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct DropoutRow {
+    hash: u32,
+    threshold: u32,
+    factor: f32,
+}
+
+impl DropoutRow {
+    #[inline]
+    fn keeps(self, column: u32) -> bool {
+        mix(column ^ self.hash) >= self.threshold
+    }
+
+    /// What a weight is multiplied by: `1 / (1 − p)` where it is kept and 0 where it is dropped.
+    #[inline]
+    pub(crate) fn factor(self, column: usize) -> f64 {
+        let factor = if self.keeps(column as u32) { self.factor } else { 0.0 };
+        f64::from(factor)
+    }
+}
+
 /// A 32-bit integer hash with full avalanche (two xor-shift-multiply rounds).
+#[inline]
 fn mix(mut x: u32) -> u32 {
     x = x.wrapping_add(0x9e37_79b9);
     x ^= x >> 16;

@@ -11,14 +11,20 @@
 //! compared with. A backend becomes usable with one line, `impl AttentionBackend for MyBackend {}`, and
 //! overrides a method where it has something better.
 
+mod autodiff;
 mod backends;
 mod dropout;
+#[cfg(feature = "flex")]
+mod host;
+mod launches;
 pub mod plain;
 mod problem;
 
 use burn::tensor::{Int, Tensor, backend::Backend};
+use burn_autodiff::{Autodiff, checkpoint::strategy::CheckpointStrategy};
 
 pub use dropout::Dropout;
+pub use launches::{LaunchKind, launches};
 pub use problem::{AttendProblem, DecodeProblem, ProblemError, SlotLayout, Visibility};
 
 /// Keys and values that queries attend to, `k [batch, kv_heads, n, key_width]` and
@@ -40,6 +46,53 @@ pub struct AttendOperands<B: Backend> {
     pub columns: Option<KeyValue<B>>,
     /// Keys and values of each query's own running chunk.
     pub self_term: Option<KeyValue<B>>,
+}
+
+impl<B: AttentionBackend, C: CheckpointStrategy> KeyValue<Autodiff<B, C>> {
+    /// Without the autodiff graph.
+    fn inner(self) -> KeyValue<B> {
+        KeyValue {
+            k: self.k.inner(),
+            v: self.v.inner(),
+        }
+    }
+}
+
+impl<B: Backend> AttendOperands<B> {
+    /// # Panics
+    /// If the operands do not fit the problem.
+    fn check(&self, problem: &AttendProblem) {
+        let dims = |kv: &KeyValue<B>| (kv.k.dims(), kv.v.dims());
+        problem
+            .validate(
+                self.q.dims(),
+                self.columns.as_ref().map(dims),
+                self.self_term.as_ref().map(dims),
+            )
+            .unwrap_or_else(|error| panic!("attend: {error}"));
+    }
+}
+
+/// What the forward pass of a [`DifferentiableAttend`] gives.
+#[derive(Debug, Clone)]
+pub struct AttendForward<B: Backend> {
+    /// The result of `attend`, `[batch, heads, queries, value_width]`.
+    pub out: Tensor<B, 4>,
+    /// What the backward pass wants to know beside it: for each query `ln Σ e^score`,
+    /// `[batch, heads, queries, 1]`.
+    pub log_sum: Tensor<B, 4>,
+}
+
+/// An [`attend`](AttentionBackend::attend) with a backward pass of its own, which `Autodiff` records as one
+/// node instead of tracing the plain form.
+#[derive(Debug, Clone, Copy)]
+pub struct DifferentiableAttend<B: Backend> {
+    /// The forward pass.
+    pub forward: fn(AttendOperands<B>, &AttendProblem) -> AttendForward<B>,
+    /// The gradients of the operands, from the operands, what the forward pass gave, and the gradient of its
+    /// result.
+    pub backward:
+        fn(AttendOperands<B>, &AttendProblem, AttendForward<B>, Tensor<B, 4>) -> AttendOperands<B>,
 }
 
 /// Operands of [`AttentionBackend::decode`].
@@ -73,6 +126,11 @@ pub trait AttentionBackend: Backend {
     /// If the operands do not fit the problem.
     fn attend(operands: AttendOperands<Self>, problem: &AttendProblem) -> Tensor<Self, 4> {
         plain::attend(operands, problem)
+    }
+
+    /// An `attend` of this backend's that has its own backward pass, if there is one: training then uses it.
+    fn differentiable_attend() -> Option<DifferentiableAttend<Self>> {
+        None
     }
 
     /// One decoding step: writes or merges each row's new token into its slot, then attends over the

@@ -45,19 +45,12 @@ pub fn attend_with<B: Backend>(
     problem: &AttendProblem,
     bias: Option<Bias<B>>,
 ) -> (Tensor<B, 4>, Tensor<B, 4>) {
+    operands.check(problem);
     let AttendOperands {
         q,
         columns,
         self_term,
     } = operands;
-    let dims = |kv: &super::KeyValue<B>| (kv.k.dims(), kv.v.dims());
-    problem
-        .validate(
-            q.dims(),
-            columns.as_ref().map(dims),
-            self_term.as_ref().map(dims),
-        )
-        .unwrap_or_else(|error| panic!("attend: {error}"));
     let (device, dtype) = (q.device(), q.dtype());
     let p = problem;
     let (column_bias, self_bias) = bias.map_or((None, None), |x| (x.columns, x.self_term));

@@ -1,0 +1,166 @@
+//! The forward pass: an online softmax over blocks of columns, so that no more than a block of scores is ever
+//! held.
+
+use super::{
+    Inputs,
+    matrix::{Matrix, NewHeads},
+    real::{Real, add_scaled, dot, max, sum, vectorised},
+    tile::{Block, COLUMNS, Plan, QUERIES, Tile, for_each},
+};
+
+/// What a backward pass needs beside the inputs: the outputs, and for each query the logarithm of the sum of
+/// its exponentials, both `[batch, heads, queries, ..]`.
+pub(super) struct Forward<R> {
+    pub(super) out: NewHeads<R>,
+    pub(super) log_sum: NewHeads<R>,
+}
+
+pub(super) fn forward<R: Real>(plan: &Plan<'_>, inputs: &Inputs<'_, R>) -> Forward<R> {
+    let p = plan.problem;
+    let mut out = NewHeads::zeros([p.batch, p.heads, p.queries, p.value_width]);
+    let mut log_sum = NewHeads::zeros([p.batch, p.heads, p.queries, 1]);
+    let group = plan.group();
+    let tiles: Vec<Tile> = (0..p.batch)
+        .flat_map(|batch| {
+            (0..p.kv_heads).flat_map(move |kv_head| plan.tiles(batch, kv_head * group, group))
+        })
+        .collect();
+    let (outputs, sums) = (out.writer(), log_sum.writer());
+    for_each(tiles.len(), plan.multiplications(), |task| {
+        // The last tiles of a sequence see most: they go first, so that no core waits for one of them.
+        let tile = &tiles[tiles.len() - 1 - task];
+        let mut softmax = Softmax::new(plan, inputs, tile);
+        for block in plan.blocks(tile) {
+            softmax.take(&block);
+        }
+        for i in 0..tile.count {
+            let (head, query) = tile.place(i);
+            // SAFETY: tiles are disjoint, and each is one task's.
+            let (out, log_sum) = unsafe {
+                (
+                    outputs.row(tile.batch, head, query),
+                    sums.row(tile.batch, head, query),
+                )
+            };
+            log_sum[0] = softmax.finish(i, out);
+        }
+    });
+    Forward { out, log_sum }
+}
+
+/// The softmax of a tile's queries over what they have seen so far.
+struct Softmax<'a, R> {
+    plan: &'a Plan<'a>,
+    inputs: &'a Inputs<'a, R>,
+    tile: &'a Tile,
+    queries: Matrix<'a, R>,
+    /// The largest score of each query.
+    largest: Vec<R>,
+    /// `Σ e^(score − largest)`.
+    total: Vec<R>,
+    /// `Σ e^(score − largest) value`.
+    weighted: Vec<R>,
+    scores: Vec<R>,
+}
+
+impl<'a, R: Real> Softmax<'a, R> {
+    /// Begins with what each query sees of its own chunk.
+    fn new(plan: &'a Plan<'a>, inputs: &'a Inputs<'a, R>, tile: &'a Tile) -> Self {
+        let width = plan.problem.value_width;
+        let mut new = Self {
+            plan,
+            inputs,
+            tile,
+            queries: tile.rows_of(&inputs.q),
+            largest: vec![R::LOWEST; tile.count],
+            total: vec![R::default(); tile.count],
+            weighted: vec![R::default(); tile.count * width],
+            scores: vec![R::default(); QUERIES.min(tile.count) * COLUMNS.min(plan.problem.columns)],
+        };
+        let Some((keys, values)) = &inputs.own else {
+            return new;
+        };
+        let (p, kv_head) = (plan.problem, tile.head / plan.group());
+        let own_column = p.columns;
+        vectorised(|| {
+            for i in 0..tile.count {
+                let (head, query) = tile.place(i);
+                if !plan.sees_itself(tile.batch, query) {
+                    continue;
+                }
+                let q = inputs.q.row(tile.batch, head, query);
+                new.largest[i] =
+                    R::of(p.scale) * dot(q, keys.row(tile.batch, kv_head, query));
+                new.total[i] = R::of(1.0);
+                let kept = plan
+                    .dropout(tile, i)
+                    .map_or(R::of(1.0), |dropout| R::of(dropout.factor(own_column)));
+                let weighted = &mut new.weighted[i * width..][..width];
+                add_scaled(weighted, kept, values.row(tile.batch, kv_head, query));
+            }
+        });
+        new
+    }
+
+    /// Takes a block of columns in.
+    fn take(&mut self, block: &Block) {
+        let Self {
+            plan, inputs, tile, ..
+        } = *self;
+        let Some((keys, values)) = &inputs.columns else {
+            return;
+        };
+        let kv_head = tile.head / plan.group();
+        let (first, rows) = (block.first, tile.count - block.first);
+        let keys = keys.tokens(tile.batch, kv_head, block.column, block.count);
+        let values = values.tokens(tile.batch, kv_head, block.column, block.count);
+        let scale = R::of(plan.problem.scale);
+        let queries = self.queries.rows_from(first);
+        let scores = &mut self.scores[..rows * block.count];
+        queries.times(keys.transposed(), scale, scores, block.count, false);
+        let width = plan.problem.value_width;
+        vectorised(|| {
+            for (i, scores) in scores.chunks_exact_mut(block.count).enumerate() {
+                let i = first + i;
+                let (seen, hidden) = scores.split_at_mut(plan.visible_in(tile, block, i));
+                hidden.fill(R::default());
+                let before = self.largest[i];
+                let largest = max(seen);
+                let largest = if before > largest { before } else { largest };
+                for score in seen.iter_mut() {
+                    *score = (*score - largest).exp();
+                }
+                if largest > before {
+                    let factor = (before - largest).exp();
+                    self.total[i] *= factor;
+                    for x in &mut self.weighted[i * width..][..width] {
+                        *x *= factor;
+                    }
+                    self.largest[i] = largest;
+                }
+                self.total[i] += sum(seen);
+                if let Some(dropout) = plan.dropout(tile, i) {
+                    for (j, weight) in seen.iter_mut().enumerate() {
+                        *weight *= R::of(dropout.factor(block.column + j));
+                    }
+                }
+            }
+        });
+        let weights = Matrix::new(scores, rows, block.count, block.count);
+        let weighted = &mut self.weighted[first * width..];
+        weights.times(values, R::of(1.0), weighted, width, true);
+    }
+
+    /// Writes the output of entry `i` and returns the logarithm of its sum. A query that sees nothing gets 0.
+    fn finish(&self, i: usize, out: &mut [R]) -> R {
+        let total = self.total[i];
+        if total == R::default() {
+            return R::default();
+        }
+        let weighted = &self.weighted[i * out.len()..][..out.len()];
+        for (out, x) in out.iter_mut().zip(weighted) {
+            *out = *x / total;
+        }
+        self.largest[i] + total.ln()
+    }
+}

@@ -1,0 +1,41 @@
+//! Which implementation ran: counters that only grow, for tests and for the curious.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// An implementation of an operation that is not the plain tensor form.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LaunchKind {
+    /// `attend` of the Flex backend.
+    HostAttend,
+    /// Its backward pass.
+    HostAttendBackward,
+    /// `decode` of the Flex backend.
+    HostDecode,
+}
+
+static COUNTS: [AtomicU64; 3] = [const { AtomicU64::new(0) }; 3];
+
+pub(super) fn count(kind: LaunchKind) {
+    COUNTS[kind as usize].fetch_add(1, Ordering::Relaxed);
+}
+
+/// How often an implementation has run in this process.
+///
+/// ```
+/// # #[cfg(feature = "flex")] {
+/// use burn::tensor::{Distribution, Tensor};
+/// use burn_flex::Flex;
+/// use mtla_core::attention::{AttentionConfig, AttentionInput};
+/// use mtla_core::ops::{LaunchKind, launches};
+///
+/// let before = launches(LaunchKind::HostAttend);
+/// let device = Default::default();
+/// let attention = AttentionConfig::mtla(64, 4).init::<Flex>(&device).unwrap();
+/// let x = Tensor::random([2, 7, 64], Distribution::Default, &device);
+/// attention.forward(AttentionInput::new(x));
+/// assert_eq!(launches(LaunchKind::HostAttend), before + 1);
+/// # }
+/// ```
+pub fn launches(kind: LaunchKind) -> u64 {
+    COUNTS[kind as usize].load(Ordering::Relaxed)
+}
