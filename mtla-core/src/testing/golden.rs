@@ -40,7 +40,11 @@ impl Golden {
         paths.iter().map(|path| Self::load(path)).collect()
     }
 
-    fn load(path: &Path) -> Self {
+    /// The case of a JSON file and of the safetensors file beside it.
+    ///
+    /// # Panics
+    /// If one of them cannot be read.
+    pub fn load(path: &Path) -> Self {
         let read = |path: &Path| {
             std::fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
         };

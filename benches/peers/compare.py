@@ -1,0 +1,177 @@
+#!/usr/bin/env python3
+"""This library beside PyTorch, on the same machine, in one run.
+
+    python3 -m pip install torch mtla safetensors numpy
+    benches/peers/compare.py w1                     one attention layer, forward and backward
+    benches/peers/compare.py w1 mtla:2 --tokens 256,2048
+    benches/peers/compare.py memory                 peak memory of the same, up to 16k tokens
+
+Both sides get the same weights and inputs, which PyTorch makes. Before anything is timed, outputs and all
+gradients have to agree. Then both run in turns, two threads each; the median counts. One JSON object is
+printed per row:
+
+    variant, down_rate, T       what was run: batch 4, d_model 512, 8 heads, f32
+    ours_ms, torch_ms, ratio    medians, and torch/ours. For mtla, torch is the published package; for the
+                                others a naive form in PyTorch
+    torch_fused_ms              the same with scaled_dot_product_attention
+    floor_ms                    all matrix products at the speed of one large product on our side
+    ours_peak_mib, torch_peak_mib   the largest resident set of each process
+    largest_difference          between the two sides, relative to the largest entry of each tensor
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+
+HERE = pathlib.Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+TORCH = [sys.executable, str(HERE / "torch_layer.py")]
+VARIANTS = ["mtla:2", "mtla:3", "mtla:4", "mha:1", "gqa:1", "mla:1"]
+THREADS = "2"
+TOLERANCE = 1e-4
+
+
+class Side:
+    """A process that answers commands, a line each."""
+
+    def __init__(self, *command):
+        env = os.environ | {"RAYON_NUM_THREADS": THREADS, "OMP_NUM_THREADS": THREADS}
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+
+    def ask(self, command):
+        self.process.stdin.write(command + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline().strip()
+        if not answer:
+            raise SystemExit(f"{self.process.args} did not answer {command!r}")
+        return answer
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def build():
+    """Compiles our side and returns its path."""
+    command = ["cargo", "build", "--release", "--locked", "-p", "mtla-benches", "--bin", "peer-layer",
+               "--message-format", "json"]
+    lines = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+    built = [json.loads(line).get("executable") for line in lines]
+    return next(path for path in built if path)
+
+
+def write(case, variant, rate, tokens, batch):
+    subprocess.run([*TORCH, "write", case, variant, rate, str(tokens), str(batch)], check=True)
+
+
+def difference(ours, torch):
+    """The largest difference of all tensors, each relative to its largest entry."""
+    from safetensors.numpy import load_file
+
+    ours, torch = load_file(ours), load_file(torch)
+    missing = torch.keys() ^ ours.keys()
+    if missing:
+        raise SystemExit(f"only one side has {sorted(missing)}")
+    # A gradient that is 0 on paper is rounding noise on both sides: compared by the input's scale.
+    least = 1e-3 * max(abs(x).max() for x in torch.values())
+    return max(float(abs(ours[n] - torch[n]).max() / max(abs(torch[n]).max(), least)) for n in torch)
+
+
+def floor(variant, rate, tokens, batch, gflops):
+    """Milliseconds of the products that cannot be avoided, forward and backward."""
+    d, h = 512, 8
+    rows = batch * tokens
+    if variant in ("mla", "mtla"):
+        rank, nope, rope, value = 256, 64, 32, 64
+        projections = d * h * (nope + rope) + d * (rank + rope) + rank * h * (nope + value) + h * value * d
+        key, value = nope + rope, value
+    else:
+        width, kv_heads = d // h, {"mha": h, "gqa": 2, "mqa": 1}[variant]
+        projections = 2 * d * d + 2 * d * kv_heads * width
+        key, value = width, width
+    pairs = batch * h * sum((i + 1) // rate + ((i + 1) % rate != 0) for i in range(tokens))
+    # Forward, and in the backward pass the gradients of input and weight; scores and weights, and in the
+    # backward pass the scores again, the weights' gradients and those of queries, keys and values.
+    products = 3 * rows * projections + pairs * ((key + value) + (3 * key + 2 * value))
+    return 2 * products / gflops / 1e6
+
+
+def w1(binary, variants, lengths, batch, runs):
+    for variant, rate in (name.split(":") for name in variants):
+        for tokens in lengths:
+            with tempfile.TemporaryDirectory() as folder:
+                case = f"{folder}/case.json"
+                write(case, variant, rate, tokens, batch)
+                forms = ["naive"] if variant == "mtla" else ["naive", "fused"]
+                ours = Side(binary, case)
+                torch = {form: Side(*TORCH, "serve", case, form) for form in forms}
+                ours.ask(f"check {folder}/ours")
+                worst = 0.0
+                for form, side in torch.items():
+                    side.ask(f"check {folder}/{form}")
+                    worst = max(worst, difference(f"{folder}/ours", f"{folder}/{form}"))
+                if not worst < TOLERANCE:
+                    raise SystemExit(f"{variant}, T = {tokens}: the sides differ by {worst}")
+                times = {side: [] for side in ["ours", *forms]}
+                for _ in range(runs):
+                    times["ours"].append(float(ours.ask("time")))
+                    for form, side in torch.items():
+                        times[form].append(float(side.ask("time")))
+                ms = {side: statistics.median(found) for side, found in times.items()}
+                row = dict(variant=variant, down_rate=int(rate), T=tokens, ours_ms=round(ms["ours"], 1),
+                           torch_ms=round(ms["naive"], 1), ratio=round(ms["naive"] / ms["ours"], 2))
+                if "fused" in ms:
+                    row["torch_fused_ms"] = round(ms["fused"], 1)
+                row |= dict(ours_peak_mib=int(ours.ask("peak")) // 1024,
+                            torch_peak_mib=int(torch["naive"].ask("peak")) // 1024,
+                            floor_ms=round(floor(variant, int(rate), tokens, batch, float(ours.ask("speed"))), 1),
+                            largest_difference=float(f"{worst:.1e}"))
+                print(json.dumps(row), flush=True)
+                for side in [ours, *torch.values()]:
+                    side.close()
+
+
+def memory(binary, variants, lengths):
+    """Peak memory of one row; PyTorch only while its scores fit."""
+    for variant, rate in (name.split(":") for name in variants):
+        for tokens in lengths:
+            with tempfile.TemporaryDirectory() as folder:
+                case = f"{folder}/case.json"
+                write(case, variant, rate, tokens, 1)
+                row = dict(variant=variant, down_rate=int(rate), T=tokens)
+                sides = {"ours": [binary, case]}
+                if tokens <= 4096:
+                    sides["torch"] = [*TORCH, "serve", case, "naive"]
+                for name, command in sides.items():
+                    side = Side(*command)
+                    before = int(side.ask("peak"))
+                    side.ask("time")
+                    row[f"{name}_mib"] = round((int(side.ask("peak")) - before) / 1024, 1)
+                    side.close()
+                print(json.dumps(row), flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", choices=["w1", "memory"])
+    parser.add_argument("variants", nargs="*", help="such as mtla:2 or mha:1 (variant and down rate)")
+    parser.add_argument("--tokens", help="lengths, such as 256,512")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--runs", type=int, default=7, help="timed runs of each side")
+    arguments = parser.parse_args()
+    numbers = [int(n) for n in arguments.tokens.split(",")] if arguments.tokens else None
+    binary = build()
+    if arguments.work == "w1":
+        lengths = numbers or [256, 512, 1024, 2048]
+        w1(binary, arguments.variants or VARIANTS, lengths, arguments.batch, arguments.runs)
+    else:
+        memory(binary, arguments.variants or ["mtla:2", "mha:1"], numbers or [1024, 2048, 4096, 8192, 16384])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+//! This library's side of `compare.py w1`: one attention layer with PyTorch's weights, forward and backward,
+//! on the Flex backend.
+//!
+//! Speaks lines on standard input and output, as `torch_layer.py` does: `check FILE` writes the output and all
+//! gradients, `time` runs once and answers milliseconds, `peak` answers the peak memory in KiB, `speed`
+//! answers the speed of a large matrix product in GFLOP/s.
+
+use std::{
+    collections::BTreeMap,
+    io::{BufRead, Write},
+    path::Path,
+    time::Instant,
+};
+
+use anyhow::{Context, bail};
+use burn::tensor::{Distribution, Tensor, TensorData};
+use burn_autodiff::{Autodiff, grads::Gradients};
+use burn_flex::{Flex, FlexDevice};
+use mtla_core::{
+    attention::{Attention, AttentionInput},
+    testing::{Golden, load_attention, names::Access},
+};
+use safetensors::{Dtype, View, tensor::TensorView};
+
+type Backend = Autodiff<Flex>;
+
+struct Layer {
+    attention: Attention<Backend>,
+    x: Tensor<Backend, 3>,
+    cotangent: Tensor<Flex, 3>,
+}
+
+impl Layer {
+    /// The layer and its input, as `compare.py` wrote them.
+    fn load(case: &Path) -> Self {
+        let case = Golden::load(case);
+        Self {
+            attention: load_attention(&case, &FlexDevice),
+            x: case.tensor("x", &FlexDevice),
+            cotangent: case.tensor("cotangent", &FlexDevice),
+        }
+    }
+
+    fn run(&self) -> (Tensor<Flex, 3>, Tensor<Backend, 3>, Gradients) {
+        let x = self.x.clone().require_grad();
+        let input = AttentionInput::new(x.clone());
+        let y = self.attention.forward(input).context;
+        let loss = (y.clone() * Tensor::from_inner(self.cotangent.clone())).sum();
+        (y.inner(), x, loss.backward())
+    }
+
+    /// Writes the output and the gradients by the reference's names and in its layout.
+    fn check(&mut self, path: &Path) -> anyhow::Result<()> {
+        let (y, x, grads) = self.run();
+        let mut found = BTreeMap::new();
+        found.insert("y".to_owned(), y.into_data());
+        let grad = x.grad(&grads).context("the input has a gradient")?;
+        found.insert("grad.x".to_owned(), grad.into_data());
+        self.attention.visit_reference(&mut |name, access| {
+            let grad = match access {
+                Access::Matrix(weight) => weight
+                    .val()
+                    .grad(&grads)
+                    .map(|grad| grad.transpose().into_data()),
+                Access::Vector(weight) => weight.val().grad(&grads).map(Tensor::into_data),
+            };
+            if let Some(grad) = grad {
+                found.insert(format!("grad.{name}"), grad);
+            }
+        });
+        let views = found
+            .iter()
+            .map(|(name, data)| Ok((name, view(data)?)))
+            .collect::<anyhow::Result<Vec<_>>>()?;
+        safetensors::serialize_to_file(views, None, path)?;
+        Ok(())
+    }
+
+    fn time(&self) -> f64 {
+        let start = Instant::now();
+        std::hint::black_box(self.run());
+        start.elapsed().as_secs_f64() * 1e3
+    }
+}
+
+fn view(data: &TensorData) -> anyhow::Result<impl View> {
+    Ok(TensorView::new(
+        Dtype::F32,
+        data.shape.to_vec(),
+        data.as_bytes(),
+    )?)
+}
+
+/// Best of five products of 1536 rows and columns, in GFLOP/s.
+fn speed() -> f64 {
+    const N: usize = 1536;
+    let random = || Tensor::<Flex, 2>::random([N, N], Distribution::Default, &FlexDevice);
+    let (a, b) = (random(), random());
+    let seconds = (0..5)
+        .map(|_| {
+            let start = Instant::now();
+            std::hint::black_box(a.clone().matmul(b.clone()));
+            start.elapsed().as_secs_f64()
+        })
+        .fold(f64::INFINITY, f64::min);
+    2.0 * (N as f64).powi(3) / seconds / 1e9
+}
+
+/// The largest resident set so far, in KiB.
+fn peak() -> anyhow::Result<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").context("this needs Linux")?;
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmHWM:"))
+        .context("no VmHWM in /proc/self/status")?;
+    Ok(line.trim().trim_end_matches(" kB").trim().parse()?)
+}
+
+fn main() -> anyhow::Result<()> {
+    let case = std::env::args().nth(1).context("usage: peer-layer CASE.json")?;
+    let mut layer = Layer::load(Path::new(&case));
+    let mut stdout = std::io::stdout();
+    for line in std::io::stdin().lock().lines() {
+        let line = line?;
+        match line.split_once(' ').unwrap_or((&line, "")) {
+            ("check", path) => {
+                layer.check(Path::new(path))?;
+                writeln!(stdout, "done")?;
+            }
+            ("time", _) => writeln!(stdout, "{}", layer.time())?,
+            ("peak", _) => writeln!(stdout, "{}", peak()?)?,
+            ("speed", _) => writeln!(stdout, "{}", speed())?,
+            (other, _) => bail!("unknown command {other}"),
+        }
+        stdout.flush()?;
+    }
+    Ok(())
+}
