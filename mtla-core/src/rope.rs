@@ -10,6 +10,7 @@
 //! its layers.
 
 use burn::tensor::{DType, FloatDType, Int, Tensor, TensorData, backend::Backend};
+use burn_autodiff::{Autodiff, checkpoint::strategy::CheckpointStrategy};
 use serde::{Deserialize, Serialize};
 
 /// Which channels form a pair.
@@ -139,6 +140,7 @@ impl RotaryConfig {
         };
         let quarter_turn = tensor(self.layout.quarter_turn(dim), &[dim, dim]);
         Rotary {
+            layout: self.layout,
             cos: table(f64::cos),
             sin: table(f64::sin),
             quarter_turn: Tensor::from_data(quarter_turn, (device, dtype)),
@@ -173,9 +175,10 @@ impl RotaryLayout {
 /// Rotations for the positions of one batch: `x cos + turn(x) sin`, where `turn` turns every pair by 90°.
 #[derive(Debug, Clone)]
 pub struct Rotary<B: Backend> {
+    pub(crate) layout: RotaryLayout,
     /// `[rows|1, tokens, dim]`, and the sines.
-    cos: Tensor<B, 3>,
-    sin: Tensor<B, 3>,
+    pub(crate) cos: Tensor<B, 3>,
+    pub(crate) sin: Tensor<B, 3>,
     /// `[dim, dim]`. As a matrix product the turn needs no strided access, and the layout is data.
     quarter_turn: Tensor<B, 2>,
 }
@@ -197,9 +200,18 @@ impl<B: Backend> Rotary<B> {
                 .reshape([rows, 1, dim])
         };
         Self {
+            layout: self.layout,
             cos: pick(&self.cos),
             sin: pick(&self.sin),
             quarter_turn: self.quarter_turn.clone(),
+        }
+    }
+
+    /// The rotations that undo these.
+    pub(crate) fn inverse(self) -> Self {
+        Self {
+            sin: self.sin.neg(),
+            ..self
         }
     }
 
@@ -239,6 +251,18 @@ impl<B: Backend> Rotary<B> {
             rotated
         } else {
             rotated.cast(dtype)
+        }
+    }
+}
+
+impl<B: Backend, C: CheckpointStrategy> Rotary<Autodiff<B, C>> {
+    /// Without the autodiff graph.
+    pub(crate) fn inner(self) -> Rotary<B> {
+        Rotary {
+            layout: self.layout,
+            cos: self.cos.inner(),
+            sin: self.sin.inner(),
+            quarter_turn: self.quarter_turn.inner(),
         }
     }
 }

@@ -14,9 +14,9 @@ use serde::{Deserialize, Serialize};
 use super::{
     ConfigError,
     config::{require, validate_down_rate, validate_dropout},
-    expansion::{LatentExpansion, Latents, Queries},
+    expansion::{LatentExpansion, LatentKeys, Latents},
     input::dropout,
-    join_heads,
+    join_heads, project,
     query::QueryProjection,
 };
 use crate::{
@@ -268,7 +268,7 @@ impl<B: AttentionBackend> CrossAttention<B> {
     /// Compressed states of whole sources: `[batch, ⌈frames/s⌉, rank]`.
     fn compress(&self, source: Tensor<B, 3>, lengths: &[usize]) -> Tensor<B, 3> {
         let ([batch, frames, _], s) = (source.dims(), self.stride);
-        let latents = self.kv_norm.forward(self.wkv_a.forward(source));
+        let latents = self.kv_norm.forward(project(&self.wkv_a, source));
         let rank = latents.dims()[2];
         let slots = frames.div_ceil(s);
         let (device, dtype) = (latents.device(), latents.dtype());
@@ -321,19 +321,17 @@ impl<B: AttentionBackend> CrossAttention<B> {
         bias: Option<plain::Bias<B>>,
     ) -> Tensor<B, 3> {
         let [batch, queries, _] = query.dims();
-        let nope = self
+        let q = self
             .wq
             .forward(query)
             .reshape([batch, queries, self.n_heads, self.key]);
-        let q = Queries { nope, rope: None };
         let columns = Latents {
             state: states,
             rope: None,
         };
-        let (heads, _) = self
-            .wkv_b
-            .attend(q, Some(columns), None, problem, bias, false);
-        self.wo.forward(join_heads(heads))
+        let keys = LatentKeys::Columns(columns, None);
+        let (heads, _) = self.wkv_b.attend(q, keys, problem, bias, false);
+        project(&self.wo, join_heads(heads))
     }
 
     /// Compresses source frames `[rows, longest, d_source]` into the slots of the plan's rows; a source
@@ -349,7 +347,7 @@ impl<B: AttentionBackend> CrossAttention<B> {
     ) {
         plan.check(&source);
         let [rows, frames, _] = source.dims();
-        let latents = self.kv_norm.forward(self.wkv_a.forward(source));
+        let latents = self.kv_norm.forward(project(&self.wkv_a, source));
         let rank = latents.dims()[2];
         let latents = latents.reshape([rows * frames, rank]);
         let states = plan.gate_and_merge(latents, &self.gate, pool, self.stride);

@@ -10,7 +10,7 @@ use burn::{
     tensor::{Tensor, backend::Backend},
 };
 
-use crate::ops::{AttendOperands, AttendProblem, AttentionBackend, KeyValue, plain};
+use crate::ops::{AttendOperands, AttendProblem, AttentionBackend, KeyValue, Keys, plain};
 
 /// The expansion of latents: per head `W_UK` (keys) and `W_UV` (values).
 #[derive(Module, Debug)]
@@ -38,10 +38,12 @@ impl<B: Backend> Latents<B> {
     }
 }
 
-/// Queries of every head, `[batch, tokens, heads, key]` and, where keys have a rope part, the same for it.
-pub(super) struct Queries<B: Backend> {
-    pub(super) nope: Tensor<B, 4>,
-    pub(super) rope: Option<Tensor<B, 4>>,
+/// The latents that queries attend to; see [`Keys`].
+pub(super) enum LatentKeys<B: Backend> {
+    /// Of all tokens.
+    Tokens(Latents<B>),
+    /// Of columns, and of each query's own chunk.
+    Columns(Latents<B>, Option<Latents<B>>),
 }
 
 impl<B: Backend> LatentExpansion<B> {
@@ -80,40 +82,50 @@ impl<B: Backend> LatentExpansion<B> {
     /// Keys and values of every head.
     fn expand(&self, latents: Latents<B>) -> KeyValue<B> {
         let [batch, n, rank] = latents.state.dims();
-        let kv = latents
-            .state
-            .reshape([batch * n, rank])
-            .matmul(self.weight.val())
-            .reshape([batch, n, self.heads, self.key + self.value]);
-        let mut k = kv.clone().narrow(3, 0, self.key);
-        if let Some(rope) = latents.rope {
-            let rope = rope.unsqueeze_dim::<4>(2).repeat_dim(2, self.heads);
-            k = Tensor::cat(vec![k, rope], 3);
-        }
+        let state = latents.state.reshape([batch * n, rank]);
+        // Two products, so that keys and values lie for themselves and none is cut out of the other.
+        let part = |start, width| {
+            let weight = self.per_head().narrow(2, start, width);
+            let weight = weight.reshape([rank, self.heads * width]);
+            state
+                .clone()
+                .matmul(weight)
+                .reshape([batch, n, self.heads, width])
+                .swap_dims(1, 2)
+        };
         KeyValue {
-            k: k.swap_dims(1, 2),
-            v: kv.narrow(3, self.key, self.value).swap_dims(1, 2),
+            k: part(0, self.key),
+            shared: latents.rope.map(|rope| rope.unsqueeze_dim(1)),
+            v: part(self.key, self.value),
         }
     }
 
     /// The latents as one key/value head.
     fn absorb(latents: Latents<B>) -> KeyValue<B> {
-        let v = latents.state.unsqueeze_dim::<4>(1);
-        let k = match latents.rope {
-            Some(rope) => Tensor::cat(vec![v.clone(), rope.unsqueeze_dim::<4>(1)], 3),
-            None => v.clone(),
-        };
-        KeyValue { k, v }
+        let state = latents.state.unsqueeze_dim::<4>(1);
+        KeyValue {
+            k: state.clone(),
+            shared: latents.rope.map(|rope| rope.unsqueeze_dim(1)),
+            v: state,
+        }
     }
 
-    /// `q W_UK`: `[batch, tokens, heads, key]` → `[batch, tokens, heads, rank]`.
+    /// `q W_UK` with the rope part as it is: `[batch, tokens, heads, key + rope]` →
+    /// `[batch, tokens, heads, rank + rope]`.
     pub(super) fn absorb_query(&self, q: Tensor<B, 4>) -> Tensor<B, 4> {
-        let [batch, tokens, heads, key] = q.dims();
-        q.permute([2, 0, 1, 3])
-            .reshape([heads, batch * tokens, key])
+        let [batch, tokens, heads, width] = q.dims();
+        let latent = q
+            .clone()
+            .narrow(3, 0, self.key)
+            .permute([2, 0, 1, 3])
+            .reshape([heads, batch * tokens, self.key])
             .matmul(self.keys())
             .reshape([heads, batch, tokens, self.rank()])
-            .permute([1, 2, 0, 3])
+            .permute([1, 2, 0, 3]);
+        if width == self.key {
+            return latent;
+        }
+        Tensor::cat(vec![latent, q.narrow(3, self.key, width - self.key)], 3)
     }
 
     /// `context W_UV`: `[batch, heads, tokens, rank]` → `[batch, heads, tokens, value]`.
@@ -127,44 +139,37 @@ impl<B: Backend> LatentExpansion<B> {
             .swap_dims(0, 1)
     }
 
-    /// Which form needs fewer multiplications a row.
-    fn absorbed_is_cheaper(&self, problem: &AttendProblem, rope: usize) -> bool {
+    /// Which form needs fewer multiplications a row, of which `latents` are to be expanded.
+    fn absorbed_is_cheaper(&self, problem: &AttendProblem, latents: usize, rope: usize) -> bool {
         let (queries, columns) = (problem.queries, problem.columns);
         let widen = self.rank() * (self.key + self.value);
-        let own = if problem.self_term { queries } else { 0 };
         // The expansion serves all heads at once, as does everything else here: a common factor.
-        let expanded = (columns + own) * widen + queries * columns * (self.key + rope + self.value);
+        let expanded = latents * widen + queries * columns * (self.key + rope + self.value);
         let absorbed = queries * widen + queries * columns * (2 * self.rank() + rope);
         absorbed < expanded
     }
 }
 
 impl<B: AttentionBackend> LatentExpansion<B> {
-    /// Attention in the cheaper of the two forms: heads' outputs `[batch, heads, queries, value]`, and the
+    /// Attention from `q [batch, tokens, heads, key + rope]` in the cheaper of the two forms: heads' outputs `[batch, heads, queries, value]`, and the
     /// weights if they are wanted.
     ///
     /// Key/value heads and widths of the problem are set here, since they follow from the form.
     pub(super) fn attend(
         &self,
-        q: Queries<B>,
-        columns: Option<Latents<B>>,
-        own: Option<Latents<B>>,
+        q: Tensor<B, 4>,
+        keys: LatentKeys<B>,
         mut problem: AttendProblem,
         bias: Option<plain::Bias<B>>,
         want_weights: bool,
     ) -> (Tensor<B, 4>, Option<Tensor<B, 4>>) {
-        let rope = q.rope.as_ref().map_or(0, |rope| rope.dims()[3]);
-        let absorbed = self.absorbed_is_cheaper(&problem, rope);
-        // Token by token, the layout in which the parts lie next to each other.
-        let mut query = if absorbed {
-            self.absorb_query(q.nope)
-        } else {
-            q.nope
+        let rope = q.dims()[3] - self.key;
+        let length = |latents: &Latents<B>| latents.state.dims()[1];
+        let latents = match &keys {
+            LatentKeys::Tokens(tokens) => length(tokens),
+            LatentKeys::Columns(columns, own) => length(columns) + own.as_ref().map_or(0, length),
         };
-        if let Some(rope) = q.rope {
-            query = Tensor::cat(vec![query, rope], 3);
-        }
-        let query = query.swap_dims(1, 2);
+        let absorbed = self.absorbed_is_cheaper(&problem, latents, rope);
         let key_value = |latents| {
             if absorbed {
                 Self::absorb(latents)
@@ -172,10 +177,16 @@ impl<B: AttentionBackend> LatentExpansion<B> {
                 self.expand(latents)
             }
         };
+        let q = if absorbed { self.absorb_query(q) } else { q };
         let operands = AttendOperands {
-            q: query,
-            columns: columns.map(key_value),
-            self_term: own.map(key_value),
+            q: q.swap_dims(1, 2),
+            keys: match keys {
+                LatentKeys::Tokens(tokens) => Keys::Tokens(key_value(tokens)),
+                LatentKeys::Columns(columns, own) => Keys::Columns {
+                    columns: Some(key_value(columns)),
+                    own: own.map(key_value),
+                },
+            },
         };
         (problem.kv_heads, problem.key_width, problem.value_width) = if absorbed {
             (1, self.rank() + rope, self.rank())

@@ -10,12 +10,12 @@ use burn::{
 use super::{
     AttentionInput, AttentionOutput, DenseConfig, RotaryPair,
     input::{Span, dropout, weights_by_token},
-    join_heads,
+    join_heads, project,
 };
 use crate::{
     cache::{CacheSpec, LayerPool, PrefillPlan, StepPlan},
     ops::{
-        AttendOperands, AttendProblem, AttentionBackend, DecodeOperands, DecodeProblem, KeyValue,
+        AttendOperands, AttendProblem, AttentionBackend, DecodeOperands, DecodeProblem, KeyValue, Keys,
         SlotLayout, Visibility, plain,
     },
     rope::{Rotary, RotaryConfig},
@@ -108,20 +108,18 @@ impl<B: AttentionBackend> GroupedAttention<B> {
         let span = input.span();
         let rotary = self.rotary(&input);
         let keys = input.keys();
-        let q = rotary
-            .query
-            .apply(self.heads(self.q_proj.forward(input.query.clone())));
-        let k = rotary
-            .key
-            .apply(self.heads(self.k_proj.forward(keys.clone())));
-        let v = self.heads(self.v_proj.forward(keys));
+        let q = self.heads(project(&self.q_proj, input.query.clone()));
+        let q = B::rotate(q, &rotary.query, 0);
+        let k = self.heads(project(&self.k_proj, keys.clone()));
+        let k = B::rotate(k, &rotary.key, 0);
+        let v = self.heads(project(&self.v_proj, keys));
         let operands = AttendOperands {
             q: q.swap_dims(1, 2),
-            columns: Some(KeyValue {
+            keys: Keys::Tokens(KeyValue {
                 k: k.swap_dims(1, 2),
+                shared: None,
                 v: v.swap_dims(1, 2),
             }),
-            self_term: None,
         };
         let problem = self.problem(&span, input.dropout_seed);
         let bias = input.bias(&span, 1, false);
@@ -135,7 +133,7 @@ impl<B: AttentionBackend> GroupedAttention<B> {
             (B::attend(operands, &problem), None)
         };
         AttentionOutput {
-            context: self.out_proj.forward(join_heads(heads)),
+            context: project(&self.out_proj, join_heads(heads)),
             weights,
         }
     }
@@ -157,7 +155,7 @@ impl<B: AttentionBackend> GroupedAttention<B> {
     ) -> Tensor<B, 3> {
         let rotary = self.plan_rotary(plan, &x);
         self.write(&x, plan, pool, &rotary);
-        let q = rotary.apply(self.heads(self.q_proj.forward(x)));
+        let q = B::rotate(self.heads(project(&self.q_proj, x)), &rotary, 0);
         self.attend(q, &plan.starts, &plan.counts, plan, pool)
     }
 
@@ -174,7 +172,7 @@ impl<B: AttentionBackend> GroupedAttention<B> {
             .q_proj
             .forward(plan.select_last(x))
             .unsqueeze_dim::<3>(1);
-        let q = plan.last_rotary(&rotary).apply(self.heads(q));
+        let q = B::rotate(self.heads(q), &plan.last_rotary(&rotary), 0);
         let (offsets, lengths) = plan.last_span();
         let y = self.attend(q, &offsets, &lengths, plan, pool);
         let width = y.dims()[2];
@@ -202,8 +200,8 @@ impl<B: AttentionBackend> GroupedAttention<B> {
         let [rows, tokens, _] = x.dims();
         plan.check(x);
         let width = self.n_kv_heads * self.head_dim;
-        let k = rotary.apply(self.heads(self.k_proj.forward(x.clone())));
-        let v = self.v_proj.forward(x.clone());
+        let k = B::rotate(self.heads(project(&self.k_proj, x.clone())), &rotary, 0);
+        let v = project(&self.v_proj, x.clone());
         let row = Tensor::cat(vec![k.reshape([rows, tokens, width]), v], 2);
         plan.write(row.reshape([rows * tokens, 2 * width]), pool);
     }
@@ -225,11 +223,14 @@ impl<B: AttentionBackend> GroupedAttention<B> {
             .swap_dims(1, 2);
         let operands = AttendOperands {
             q: q.swap_dims(1, 2),
-            columns: Some(KeyValue {
-                k: kv.clone().narrow(1, 0, self.n_kv_heads),
-                v: kv.narrow(1, self.n_kv_heads, self.n_kv_heads),
-            }),
-            self_term: None,
+            keys: Keys::Columns {
+                columns: Some(KeyValue {
+                    k: kv.clone().narrow(1, 0, self.n_kv_heads),
+                    shared: None,
+                    v: kv.narrow(1, self.n_kv_heads, self.n_kv_heads),
+                }),
+                own: None,
+            },
         };
         let problem = AttendProblem {
             batch: rows,
@@ -248,8 +249,7 @@ impl<B: AttentionBackend> GroupedAttention<B> {
             scale: self.scale(),
             dropout: None,
         };
-        self.out_proj
-            .forward(join_heads(B::attend(operands, &problem)))
+        project(&self.out_proj, join_heads(B::attend(operands, &problem)))
     }
 
     pub(super) fn step(
@@ -264,7 +264,7 @@ impl<B: AttentionBackend> GroupedAttention<B> {
             .rotary
             .clone()
             .unwrap_or_else(|| self.rope.rotary(d, &plan.positions, x.dtype(), &x.device()));
-        let rotate = |x: Tensor<B, 2>, heads| rotary.apply(x.reshape([rows, 1, heads, d]));
+        let rotate = |x: Tensor<B, 2>, heads| B::rotate(x.reshape([rows, 1, heads, d]), &rotary, 0);
         let q = rotate(self.q_proj.forward(x.clone()), h).reshape([rows, h, d]);
         let k = rotate(self.k_proj.forward(x.clone()), g).reshape([rows, g * d]);
         let row = Tensor::cat(vec![k, self.v_proj.forward(x)], 1);

@@ -309,27 +309,6 @@ impl Span {
             .collect()
     }
 
-    /// The queries' own rows of `x [batch, keys, width]`: `[batch, queries, width]`.
-    pub(crate) fn own<B: Backend>(&self, x: Tensor<B, 3>) -> Tensor<B, 3> {
-        let [batch, keys, width] = x.dims();
-        if self.is_whole() {
-            return x;
-        }
-        if self.is_even() {
-            return x.narrow(1, self.offsets[0], self.queries);
-        }
-        let own: Vec<usize> = self
-            .own_keys()
-            .into_iter()
-            .enumerate()
-            .map(|(i, key)| i / self.queries * keys + key)
-            .collect();
-        let own = index(&own, &x.device());
-        x.reshape([batch * keys, width])
-            .select(0, own)
-            .reshape([batch, self.queries, width])
-    }
-
     /// The problem of one layer over this batch, with one key/value head a head; widths follow from the
     /// form that the layer chooses.
     pub(crate) fn problem(

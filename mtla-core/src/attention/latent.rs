@@ -19,9 +19,9 @@ use burn::{
 
 use super::{
     AttentionInput, AttentionOutput, LatentConfig, RotaryPair,
-    expansion::{LatentExpansion, Latents, Queries},
+    expansion::{LatentExpansion, LatentKeys, Latents},
     input::{dropout, weights_by_token},
-    join_heads,
+    join_heads, project,
     query::QueryProjection,
 };
 use crate::{
@@ -31,7 +31,7 @@ use crate::{
         plain,
     },
     rope::{Rotary, RotaryConfig},
-    temporal::{TemporalGate, running_merge},
+    temporal::TemporalGate,
 };
 
 /// Latent attention, with a [gate](TemporalGate) (MTLA) or without (MLA). Slots hold a latent and the
@@ -116,44 +116,27 @@ impl<B: Backend> LatentAttention<B> {
     fn scale(&self) -> f64 {
         ((self.nope + self.rope_dim) as f64).powf(-0.5)
     }
+}
 
-    /// Queries of `x [batch, tokens, d_model]`, rotated.
-    fn queries(&self, x: Tensor<B, 3>, rotary: &Rotary<B>) -> Queries<B> {
+impl<B: AttentionBackend> LatentAttention<B> {
+    /// Queries of `x [batch, tokens, d_model]`, rotated: `[batch, tokens, heads, nope + rope]`.
+    fn queries(&self, x: Tensor<B, 3>, rotary: &Rotary<B>) -> Tensor<B, 4> {
         let [batch, tokens, _] = x.dims();
-        let q =
-            self.wq
-                .forward(x)
-                .reshape([batch, tokens, self.n_heads, self.nope + self.rope_dim]);
-        Queries {
-            nope: q.clone().narrow(3, 0, self.nope),
-            rope: Some(rotary.apply(q.narrow(3, self.nope, self.rope_dim))),
-        }
+        let width = self.nope + self.rope_dim;
+        let q = self.wq.forward(x);
+        B::rotate(q.reshape([batch, tokens, self.n_heads, width]), rotary, self.nope)
     }
 
     /// Normalised latents and rotated keys of `x [batch, tokens, d_model]`, before any gate.
     fn latents(&self, x: Tensor<B, 3>, rotary: &Rotary<B>) -> Latents<B> {
         let [batch, tokens, _] = x.dims();
-        let kv = self.wkv_a.forward(x);
-        let rope = kv.clone().narrow(2, self.rank, self.rope_dim).reshape([
-            batch,
-            tokens,
-            1,
-            self.rope_dim,
-        ]);
+        let width = self.rank + self.rope_dim;
+        let kv = project(&self.wkv_a, x).reshape([batch, tokens, 1, width]);
+        let kv = B::rotate(kv, rotary, self.rank).reshape([batch, tokens, width]);
         Latents {
-            state: self.kv_norm.forward(kv.narrow(2, 0, self.rank)),
-            rope: Some(rotary.apply(rope).reshape([batch, tokens, self.rope_dim])),
+            state: self.kv_norm.forward(kv.clone().narrow(2, 0, self.rank)),
+            rope: Some(kv.narrow(2, self.rank, self.rope_dim)),
         }
-    }
-
-    /// Latents at the ends of complete chunks: `x [batch, tokens, width]` → `[batch, ⌊tokens/s⌋, width]`.
-    fn chunk_ends(&self, x: Tensor<B, 3>) -> Tensor<B, 3> {
-        let ([batch, tokens, width], s) = (x.dims(), self.stride);
-        let chunks = tokens / s;
-        x.narrow(1, 0, chunks * s)
-            .reshape([batch, chunks, s, width])
-            .narrow(2, s - 1, 1)
-            .reshape([batch, chunks, width])
     }
 
     /// Running states of whole sequences: the gate and the merge, chunks counted from each row's start.
@@ -161,23 +144,10 @@ impl<B: Backend> LatentAttention<B> {
         let Some(gate) = &self.gate else {
             return latents;
         };
-        let ([batch, tokens, rank], s) = (latents.dims(), self.stride);
-        let chunks = tokens.div_ceil(s);
-        let missing = chunks * s - tokens;
-        let latents = if missing == 0 {
-            latents
-        } else {
-            let (device, dtype) = (latents.device(), latents.dtype());
-            let zeros = Tensor::zeros([batch, missing, rank], (&device, dtype));
-            Tensor::cat(vec![latents, zeros], 1)
-        };
-        running_merge(gate.forward(latents.reshape([batch, chunks, s, rank])))
-            .reshape([batch, chunks * s, rank])
-            .narrow(1, 0, tokens)
+        let chunks = latents.dims()[1].div_ceil(self.stride);
+        B::gate_and_merge(latents, gate.table(chunks), self.stride)
     }
-}
 
-impl<B: AttentionBackend> LatentAttention<B> {
     pub(super) fn forward(&self, input: AttentionInput<B>) -> AttentionOutput<B> {
         let span = input.span();
         let rotary = self.rotary(&input);
@@ -185,20 +155,18 @@ impl<B: AttentionBackend> LatentAttention<B> {
         let mut latents = self.latents(input.keys(), &rotary.key);
         latents.state = self.states(latents.state);
 
-        let columns = (span.keys >= self.stride).then(|| latents.map(|x| self.chunk_ends(x)));
-        let own = (self.stride > 1).then(|| latents.map(|x| span.own(x)));
         let problem = span.problem(
             self.n_heads,
             self.stride,
             self.scale(),
             dropout(self.dropout, input.dropout_seed),
         );
-        let bias = input.bias(&span, self.stride, own.is_some());
+        let bias = input.bias(&span, self.stride, self.stride > 1);
         let (heads, weights) = self
             .wkv_b
-            .attend(q, columns, own, problem, bias, input.weights);
+            .attend(q, LatentKeys::Tokens(latents), problem, bias, input.weights);
         AttentionOutput {
-            context: self.wo.forward(join_heads(heads)),
+            context: project(&self.wo, join_heads(heads)),
             weights: weights.map(|w| weights_by_token(w, &span, self.stride)),
         }
     }
@@ -276,15 +244,15 @@ impl<B: AttentionBackend> LatentAttention<B> {
 
     fn attend_slots(
         &self,
-        q: Queries<B>,
+        q: Tensor<B, 4>,
         own: Latents<B>,
         offsets: Vec<usize>,
         lengths: Vec<usize>,
         plan: &PrefillPlan<B>,
         pool: &LayerPool<B>,
     ) -> Tensor<B, 3> {
-        let [batch, queries, _, _] = q.nope.dims();
-        let slots = plain::to_dtype(plan.table.gather(pool.slots()), q.nope.dtype());
+        let [batch, queries, _, _] = q.dims();
+        let slots = plain::to_dtype(plan.table.gather(pool.slots()), q.dtype());
         let columns = Latents {
             state: slots.clone().narrow(2, 0, self.rank),
             rope: Some(slots.narrow(2, self.rank, self.rope_dim)),
@@ -306,11 +274,9 @@ impl<B: AttentionBackend> LatentAttention<B> {
             scale: self.scale(),
             dropout: None,
         };
-        let own = (self.stride > 1).then_some(own);
-        let (heads, _) = self
-            .wkv_b
-            .attend(q, Some(columns), own, problem, None, false);
-        self.wo.forward(join_heads(heads))
+        let keys = LatentKeys::Columns(columns, (self.stride > 1).then_some(own));
+        let (heads, _) = self.wkv_b.attend(q, keys, problem, None, false);
+        project(&self.wo, join_heads(heads))
     }
 
     pub(super) fn step(
@@ -327,20 +293,11 @@ impl<B: AttentionBackend> LatentAttention<B> {
         let last_chunk = plan.starts.iter().max().map_or(0, |p| p / self.stride);
         let gates = self.gate.as_ref().map(|gate| pool.gates(gate, last_chunk));
 
-        let q =
-            self.wq
-                .forward(x.clone())
-                .reshape([rows, 1, self.n_heads, self.nope + self.rope_dim]);
-        let pe = rotary.apply(q.clone().narrow(3, self.nope, self.rope_dim));
-        let q = self.wkv_b.absorb_query(q.narrow(3, 0, self.nope));
-        let q = Tensor::cat(vec![q, pe], 3);
-
-        let kv = self.wkv_a.forward(x);
-        let latent = self.kv_norm.forward(kv.clone().narrow(1, 0, self.rank));
-        let rope = kv
-            .narrow(1, self.rank, self.rope_dim)
-            .reshape([rows, 1, 1, self.rope_dim]);
-        let rope = rotary.apply(rope).reshape([rows, self.rope_dim]);
+        let q = self.queries(x.clone().unsqueeze_dim(1), &rotary);
+        let q = self.wkv_b.absorb_query(q);
+        let new = self.latents(x.unsqueeze_dim(1), &rotary);
+        let rope = new.rope.expect("self-attention has rope keys");
+        let row = Tensor::cat(vec![new.state, rope], 2).reshape([rows, self.rank + self.rope_dim]);
         let problem = DecodeProblem {
             heads: self.n_heads,
             layout: self.layout(),
@@ -352,7 +309,7 @@ impl<B: AttentionBackend> LatentAttention<B> {
         let context = pool.update(|pool| {
             let operands = DecodeOperands {
                 q: q.reshape([rows, self.n_heads, self.rank + self.rope_dim]),
-                row: Tensor::cat(vec![latent, rope], 1),
+                row,
                 gates,
                 pool,
                 table: plan.table.packed.clone(),
@@ -360,7 +317,6 @@ impl<B: AttentionBackend> LatentAttention<B> {
             B::decode(operands, &problem)
         });
         let heads = self.wkv_b.expand_context(context.unsqueeze_dim::<4>(2));
-        self.wo
-            .forward(heads.reshape([rows, self.n_heads * self.value]))
+        project(&self.wo, heads.reshape([rows, self.n_heads * self.value]))
     }
 }

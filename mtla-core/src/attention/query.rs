@@ -6,6 +6,8 @@ use burn::{
     tensor::{Tensor, backend::Backend},
 };
 
+use super::project;
+
 /// One linear map, or a low-rank one (`q_lora_rank > 0`).
 #[derive(Module, Debug)]
 #[expect(
@@ -45,8 +47,8 @@ impl<B: Backend> QueryProjection<B> {
 
     pub(super) fn forward<const D: usize>(&self, x: Tensor<B, D>) -> Tensor<B, D> {
         match self {
-            Self::Full(wq) => wq.forward(x),
-            Self::LowRank(q) => q.wq_b.forward(q.q_norm.forward(q.wq_a.forward(x))),
+            Self::Full(wq) => project(wq, x),
+            Self::LowRank(q) => project(&q.wq_b, q.q_norm.forward(project(&q.wq_a, x))),
         }
     }
 }

@@ -6,14 +6,30 @@ use burn_autodiff::{Autodiff, checkpoint::strategy::CheckpointStrategy};
 use super::{
     AttendOperands, AttendProblem, AttentionBackend, DecodeOperands, DecodeProblem, autodiff, plain,
 };
+use crate::rope::Rotary;
 
-/// Records the inner backend's own `attend` where it has a backward pass, and traces the plain form where
-/// not. Decoding has no gradient and runs on the inner backend.
+/// Records the inner backend's own operations where they have a backward pass, and traces the plain forms
+/// where not. Decoding has no gradient and runs on the inner backend.
 impl<B: AttentionBackend, C: CheckpointStrategy> AttentionBackend for Autodiff<B, C> {
     fn attend(operands: AttendOperands<Self>, problem: &AttendProblem) -> Tensor<Self, 4> {
-        match B::differentiable_attend() {
+        match B::derivatives() {
             Some(native) => autodiff::attend(operands, problem, native),
             None => plain::attend(operands, problem),
+        }
+    }
+
+    fn rotate(x: Tensor<Self, 4>, rotary: &Rotary<Self>, first: usize) -> Tensor<Self, 4> {
+        autodiff::rotate(x, rotary, first)
+    }
+
+    fn gate_and_merge(
+        latents: Tensor<Self, 3>,
+        gates: Tensor<Self, 2>,
+        stride: usize,
+    ) -> Tensor<Self, 3> {
+        match B::derivatives() {
+            Some(native) => autodiff::gate_and_merge(latents, gates, stride, native),
+            None => plain::gate_and_merge(latents, gates, stride),
         }
     }
 
@@ -69,18 +85,32 @@ mod flex {
     use burn_flex::{Flex, FlexTensor};
 
     use super::{AttendOperands, AttendProblem, AttentionBackend, Int, Tensor};
-    use crate::ops::{DifferentiableAttend, host};
+    use super::Rotary;
+    use crate::ops::{Derivatives, host};
 
     impl AttentionBackend for Flex {
         fn attend(operands: AttendOperands<Self>, problem: &AttendProblem) -> Tensor<Self, 4> {
-            host::forward(operands, problem).out
+            host::attend(operands, problem).out
         }
 
-        fn differentiable_attend() -> Option<DifferentiableAttend<Self>> {
-            Some(DifferentiableAttend {
-                forward: host::forward,
-                backward: host::backward,
+        fn derivatives() -> Option<Derivatives<Self>> {
+            Some(Derivatives {
+                attend: host::attend,
+                attend_backward: host::attend_backward,
+                gate_and_merge_backward: host::gate_and_merge_backward,
             })
+        }
+
+        fn rotate(x: Tensor<Self, 4>, rotary: &Rotary<Self>, first: usize) -> Tensor<Self, 4> {
+            host::rotate(x, rotary, first)
+        }
+
+        fn gate_and_merge(
+            latents: Tensor<Self, 3>,
+            gates: Tensor<Self, 2>,
+            stride: usize,
+        ) -> Tensor<Self, 3> {
+            host::gate_and_merge(latents, gates, stride)
         }
 
         /// Writes rows straight into the pool's storage: Flex's own scatter copies the whole pool.

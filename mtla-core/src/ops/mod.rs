@@ -17,101 +17,18 @@ mod dropout;
 #[cfg(feature = "flex")]
 mod host;
 mod launches;
+mod operands;
 pub mod plain;
 mod problem;
 
 use burn::tensor::{Int, Tensor, backend::Backend};
-use burn_autodiff::{Autodiff, checkpoint::strategy::CheckpointStrategy};
+
+use crate::rope::Rotary;
 
 pub use dropout::Dropout;
 pub use launches::{LaunchKind, launches};
+pub use operands::{AttendForward, AttendOperands, DecodeOperands, Derivatives, KeyValue, Keys};
 pub use problem::{AttendProblem, DecodeProblem, ProblemError, SlotLayout, Visibility};
-
-/// Keys and values that queries attend to, `k [batch, kv_heads, n, key_width]` and
-/// `v [batch, kv_heads, n, value_width]`.
-#[derive(Debug, Clone)]
-pub struct KeyValue<B: Backend> {
-    /// Keys.
-    pub k: Tensor<B, 4>,
-    /// Values.
-    pub v: Tensor<B, 4>,
-}
-
-/// Operands of [`AttentionBackend::attend`].
-#[derive(Debug, Clone)]
-pub struct AttendOperands<B: Backend> {
-    /// Queries `[batch, heads, queries, key_width]`.
-    pub q: Tensor<B, 4>,
-    /// Columns; `None` when no chunk is complete.
-    pub columns: Option<KeyValue<B>>,
-    /// Keys and values of each query's own running chunk.
-    pub self_term: Option<KeyValue<B>>,
-}
-
-impl<B: AttentionBackend, C: CheckpointStrategy> KeyValue<Autodiff<B, C>> {
-    /// Without the autodiff graph.
-    fn inner(self) -> KeyValue<B> {
-        KeyValue {
-            k: self.k.inner(),
-            v: self.v.inner(),
-        }
-    }
-}
-
-impl<B: Backend> AttendOperands<B> {
-    /// # Panics
-    /// If the operands do not fit the problem.
-    fn check(&self, problem: &AttendProblem) {
-        let dims = |kv: &KeyValue<B>| (kv.k.dims(), kv.v.dims());
-        problem
-            .validate(
-                self.q.dims(),
-                self.columns.as_ref().map(dims),
-                self.self_term.as_ref().map(dims),
-            )
-            .unwrap_or_else(|error| panic!("attend: {error}"));
-    }
-}
-
-/// What the forward pass of a [`DifferentiableAttend`] gives.
-#[derive(Debug, Clone)]
-pub struct AttendForward<B: Backend> {
-    /// The result of `attend`, `[batch, heads, queries, value_width]`.
-    pub out: Tensor<B, 4>,
-    /// What the backward pass wants to know beside it: for each query `ln Σ e^score`,
-    /// `[batch, heads, queries, 1]`.
-    pub log_sum: Tensor<B, 4>,
-}
-
-/// An [`attend`](AttentionBackend::attend) with a backward pass of its own, which `Autodiff` records as one
-/// node instead of tracing the plain form.
-#[derive(Debug, Clone, Copy)]
-pub struct DifferentiableAttend<B: Backend> {
-    /// The forward pass.
-    pub forward: fn(AttendOperands<B>, &AttendProblem) -> AttendForward<B>,
-    /// The gradients of the operands, from the operands, what the forward pass gave, and the gradient of its
-    /// result.
-    pub backward:
-        fn(AttendOperands<B>, &AttendProblem, AttendForward<B>, Tensor<B, 4>) -> AttendOperands<B>,
-}
-
-/// Operands of [`AttentionBackend::decode`].
-#[derive(Debug, Clone)]
-pub struct DecodeOperands<B: Backend> {
-    /// Queries, rotated (and, for latent layouts, projected to the latent space)
-    /// `[rows, heads, key_width]`.
-    pub q: Tensor<B, 3>,
-    /// The new token of each row as the pool stores it, before the gate `[rows, slot width]`.
-    pub row: Tensor<B, 2>,
-    /// Folded gate table `[chunks, rank + 1]`: the gate of latent `c` in chunk `t` is
-    /// `sigmoid(table[t, ..rank]·c + table[t, rank])`; `None` where nothing is gated.
-    pub gates: Option<Tensor<B, 2>>,
-    /// All slots `[slots, slot width]`.
-    pub pool: Tensor<B, 2>,
-    /// Per row its token count before this token, then its slots in order, filled up with the row's last
-    /// slot: `[rows, 1 + max_slots]`.
-    pub table: Tensor<B, 2, Int>,
-}
 
 /// A backend that attention can run on.
 ///
@@ -128,9 +45,33 @@ pub trait AttentionBackend: Backend {
         plain::attend(operands, problem)
     }
 
-    /// An `attend` of this backend's that has its own backward pass, if there is one: training then uses it.
-    fn differentiable_attend() -> Option<DifferentiableAttend<Self>> {
+    /// Operations of this backend's that have a backward pass of their own, if there are any: training then
+    /// uses them.
+    fn derivatives() -> Option<Derivatives<Self>> {
         None
+    }
+
+    /// Turns the channels from `first` on of every head of `x [rows, tokens, heads, width]` by the angles of
+    /// its token, as [`Rotary`] says; the channels before stay as they are.
+    ///
+    /// # Panics
+    /// If the table does not fit `x`.
+    fn rotate(x: Tensor<Self, 4>, rotary: &Rotary<Self>, first: usize) -> Tensor<Self, 4> {
+        plain::rotate(x, rotary, first)
+    }
+
+    /// The states of temporal attention: `latents [batch, tokens, rank]`, each gated by its chunk's row of
+    /// `gates [chunks, rank + 1]` (see [`TemporalGate::table`](crate::temporal::TemporalGate::table)) and added
+    /// to those before it in its chunk of `stride` tokens.
+    ///
+    /// # Panics
+    /// If there are fewer gates than chunks, or they have another rank.
+    fn gate_and_merge(
+        latents: Tensor<Self, 3>,
+        gates: Tensor<Self, 2>,
+        stride: usize,
+    ) -> Tensor<Self, 3> {
+        plain::gate_and_merge(latents, gates, stride)
     }
 
     /// One decoding step: writes or merges each row's new token into its slot, then attends over the

@@ -8,10 +8,13 @@ use burn::tensor::{
 };
 
 use super::{
-    AttendOperands, AttendProblem, AttentionBackend, DecodeOperands, DecodeProblem, SlotLayout,
-    Visibility,
+    AttendOperands, AttendProblem, AttentionBackend, DecodeOperands, DecodeProblem, KeyValue, Keys,
+    SlotLayout, Visibility,
 };
-use crate::temporal::apply_folded_gate;
+use crate::{
+    rope::Rotary,
+    temporal::{apply_folded_gate, running_merge},
+};
 
 /// Additive terms on the scores, for masks of the caller's: `columns [1|batch, 1, queries, columns]` and
 /// `self_term [1|batch, 1, queries, 1]`.
@@ -46,11 +49,12 @@ pub fn attend_with<B: Backend>(
     bias: Option<Bias<B>>,
 ) -> (Tensor<B, 4>, Tensor<B, 4>) {
     operands.check(problem);
-    let AttendOperands {
-        q,
-        columns,
-        self_term,
-    } = operands;
+    let q = operands.q;
+    let (columns, self_term) = match operands.keys {
+        Keys::Columns { columns, own } => (columns, own),
+        Keys::Tokens(kv) => split(kv, problem),
+    };
+    let (columns, self_term) = (columns.map(join_keys), self_term.map(join_keys));
     let (device, dtype) = (q.device(), q.dtype());
     let p = problem;
     let (column_bias, self_bias) = bias.map_or((None, None), |x| (x.columns, x.self_term));
@@ -90,6 +94,51 @@ pub fn attend_with<B: Backend>(
     };
     let out = out.swap_dims(1, 2);
     (out, to_dtype(weights, dtype))
+}
+
+/// Keys and values of tokens as those of columns and of the queries themselves.
+fn split<B: Backend>(
+    kv: KeyValue<B>,
+    p: &AttendProblem,
+) -> (Option<KeyValue<B>>, Option<KeyValue<B>>) {
+    let Visibility::Causal { stride, offsets } = &p.visibility else {
+        return (Some(kv), None);
+    };
+    let (s, n) = (*stride, kv.v.dims()[2]);
+    let chunk_ends = |x: Tensor<B, 4>| {
+        let [batch, heads, _, width] = x.dims();
+        x.narrow(2, 0, p.columns * s)
+            .reshape([batch, heads, p.columns, s, width])
+            .narrow(3, s - 1, 1)
+            .reshape([batch, heads, p.columns, width])
+    };
+    let columns = (p.columns > 0).then(|| kv.clone().map(chunk_ends));
+    let rows = row_count(offsets);
+    let own = |x: Tensor<B, 4>| {
+        let [batch, heads, _, width] = x.dims();
+        if rows == 1 && offsets[0] + p.queries <= n {
+            return x.narrow(2, offsets[0], p.queries);
+        }
+        let own: Vec<usize> = offsets
+            .iter()
+            .flat_map(|offset| (0..p.queries).map(move |i| (offset + i).min(n - 1)))
+            .collect();
+        let own = ints::<B>(&own, &x.device()).reshape([batch, 1, p.queries, 1]);
+        x.gather(2, own.expand([batch, heads, p.queries, width]))
+    };
+    let own = p.self_term.then(|| kv.map(own));
+    (columns, own)
+}
+
+/// Keys with their shared channels in every head.
+fn join_keys<B: Backend>(kv: KeyValue<B>) -> KeyValue<B> {
+    let Some(shared) = kv.shared else { return kv };
+    let heads = kv.k.dims()[1];
+    KeyValue {
+        k: Tensor::cat(vec![kv.k, shared.repeat_dim(1, heads)], 3),
+        shared: None,
+        v: kv.v,
+    }
 }
 
 /// Heads that share keys as one longer run of queries, so that no key or value is repeated:
@@ -333,6 +382,51 @@ fn merge<B: Backend>(
         return latent;
     }
     Tensor::cat(vec![latent, row.narrow(1, rank, rope_dim)], 1)
+}
+
+/// [`AttentionBackend::rotate`] in tensor operations.
+///
+/// # Panics
+/// If the table does not fit `x`.
+pub fn rotate<B: Backend>(x: Tensor<B, 4>, rotary: &Rotary<B>, first: usize) -> Tensor<B, 4> {
+    if first == 0 {
+        return rotary.apply(x);
+    }
+    let width = x.dims()[3];
+    let turned = rotary.apply(x.clone().narrow(3, first, width - first));
+    Tensor::cat(vec![x.narrow(3, 0, first), turned], 3)
+}
+
+/// [`AttentionBackend::gate_and_merge`] in tensor operations.
+///
+/// # Panics
+/// If there are fewer gates than chunks, or they have another rank.
+pub fn gate_and_merge<B: Backend>(
+    latents: Tensor<B, 3>,
+    gates: Tensor<B, 2>,
+    stride: usize,
+) -> Tensor<B, 3> {
+    let [batch, tokens, rank] = latents.dims();
+    let chunks = tokens.div_ceil(stride);
+    let missing = chunks * stride - tokens;
+    let latents = if missing == 0 {
+        latents
+    } else {
+        let (device, dtype) = (latents.device(), latents.dtype());
+        let zeros = Tensor::zeros([batch, missing, rank], (&device, dtype));
+        Tensor::cat(vec![latents, zeros], 1)
+    };
+    // Every token gets its chunk's row.
+    let gates = gates
+        .narrow(0, 0, chunks)
+        .reshape([1, chunks, 1, rank + 1])
+        .repeat_dim(2, stride)
+        .repeat_dim(0, batch)
+        .reshape([batch * chunks * stride, rank + 1]);
+    let gated = apply_folded_gate(latents.reshape([batch * chunks * stride, rank]), gates);
+    running_merge(gated.reshape([batch, chunks, stride, rank]))
+        .reshape([batch, chunks * stride, rank])
+        .narrow(1, 0, tokens)
 }
 
 /// [`AttentionBackend::write_slots`] in tensor operations.

@@ -51,6 +51,16 @@ pub enum ProblemError {
         /// Columns given.
         columns: usize,
     },
+    /// A query is a token that there is no key of.
+    #[error("row {row} ends at token {needed}, keys of {tokens} tokens were given")]
+    MissingTokens {
+        /// The row.
+        row: usize,
+        /// Tokens up to its last query.
+        needed: usize,
+        /// Tokens given.
+        tokens: usize,
+    },
     /// Nothing at all is visible: no columns and no self term.
     #[error("there are neither columns nor a self term to attend to")]
     Empty,
@@ -153,6 +163,44 @@ impl AttendProblem {
             return Err(ProblemError::Empty);
         }
         self.validate_rows()
+    }
+
+    /// As [`validate`](Self::validate), for keys and values of all tokens of a row, `[batch, kv_heads, tokens,
+    /// …]`: columns are the chunk ends among them.
+    ///
+    /// # Errors
+    /// [`ProblemError`] names the operand or the row that does not fit.
+    pub fn validate_tokens(
+        &self,
+        q: [usize; 4],
+        (keys, values): ([usize; 4], [usize; 4]),
+    ) -> Result<(), ProblemError> {
+        let Visibility::Causal { stride, offsets } = &self.visibility else {
+            return self.validate(q, Some((keys, values)), None);
+        };
+        let tokens = keys[2];
+        let column = |mut shape: [usize; 4]| {
+            shape[2] /= stride;
+            shape
+        };
+        self.validate(q, Some((column(keys), column(values))), None)?;
+        if values[2] != tokens {
+            return Err(ProblemError::Shape {
+                operand: "v",
+                found: values.to_vec(),
+                expected: format!("{tokens} tokens"),
+            });
+        }
+        for (row, (offset, length)) in offsets.iter().zip(&self.lengths).enumerate() {
+            if offset + length > tokens {
+                return Err(ProblemError::MissingTokens {
+                    row,
+                    needed: offset + length,
+                    tokens,
+                });
+            }
+        }
+        Ok(())
     }
 
     fn validate_rows(&self) -> Result<(), ProblemError> {

@@ -148,16 +148,19 @@ fn operands_of_decode() {
 fn an_operation_names_the_operand_that_does_not_fit() {
     use burn::tensor::Tensor;
     use burn_flex::{Flex, FlexDevice};
-    use mtla_core::ops::{AttendOperands, AttentionBackend, KeyValue};
+    use mtla_core::ops::{AttendOperands, AttentionBackend, KeyValue, Keys};
 
     let zeros = |shape: Shape| Tensor::<Flex, 4>::zeros(shape, &FlexDevice);
     let operands = AttendOperands {
         q: zeros(Q),
-        columns: Some(KeyValue {
-            k: zeros([2, 2, 4, 6]),
-            v: zeros([2, 2, 3, 7]),
-        }),
-        self_term: None,
+        keys: Keys::Columns {
+            columns: Some(KeyValue {
+                k: zeros([2, 2, 4, 6]),
+                shared: None,
+                v: zeros([2, 2, 3, 7]),
+            }),
+            own: None,
+        },
     };
     Flex::attend(operands, &attend());
 }

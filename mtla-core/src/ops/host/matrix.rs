@@ -120,6 +120,20 @@ impl<'a, R: Real> Heads<'a, R> {
         }
     }
 
+    /// The last token of every `stride` as if there were no others.
+    pub(super) fn chunk_ends(self, stride: usize) -> Self {
+        let [batch, head, token] = self.strides;
+        Self {
+            offset: self.offset + (stride - 1) * token,
+            strides: [batch, head, stride * token],
+            ..self
+        }
+    }
+
+    pub(super) fn width(&self) -> usize {
+        self.width
+    }
+
     /// Entry `[b, h, i, ..]`.
     #[inline]
     pub(super) fn row(&self, b: usize, h: usize, i: usize) -> &'a [R] {
@@ -145,7 +159,7 @@ impl<'a, R: Real> Heads<'a, R> {
 /// `tensor` with rows that lie in one piece, copied only if they do not yet.
 pub(super) fn in_rows(tensor: FlexTensor) -> FlexTensor {
     let strides = tensor.layout().strides();
-    if strides[3] == 1 && strides.iter().all(|stride| *stride >= 0) {
+    if strides.last() == Some(&1) && strides.iter().all(|stride| *stride >= 0) {
         return tensor;
     }
     tensor.to_contiguous()
@@ -190,6 +204,12 @@ impl<R: Real> NewHeads<R> {
         sums
     }
 
+    /// Adds up all heads.
+    pub(super) fn sum_all_heads(self) -> Self {
+        let heads = self.shape[1];
+        self.sum_heads(heads)
+    }
+
     /// The tensor.
     pub(super) fn into_tensor(self) -> FlexTensor {
         let [batch, heads, n, width] = self.shape;
@@ -213,10 +233,6 @@ unsafe impl<R: Send> Send for HeadsWriter<'_, R> {}
 unsafe impl<R: Send> Sync for HeadsWriter<'_, R> {}
 
 impl<R: Real> HeadsWriter<'_, R> {
-    pub(super) fn width(&self) -> usize {
-        self.shape[3]
-    }
-
     /// Entry `[b, h, i, ..]`.
     ///
     /// # Safety

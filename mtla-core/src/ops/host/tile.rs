@@ -49,9 +49,35 @@ impl Tile {
 /// What follows from a problem for every query.
 pub(super) struct Plan<'a> {
     pub(super) problem: &'a AttendProblem,
+    /// Tokens of a row, where keys are given for all of them.
+    pub(super) tokens: Option<usize>,
 }
 
 impl Plan<'_> {
+    /// Where a query's own key stands.
+    pub(super) fn own_token(&self, batch: usize, query: usize) -> usize {
+        match (&self.problem.visibility, self.tokens) {
+            (Visibility::Causal { offsets, .. }, Some(_)) => offsets[batch] + query,
+            _ => query,
+        }
+    }
+
+    /// Where a column's key stands.
+    pub(super) fn column_token(&self, column: usize) -> usize {
+        match self.tokens {
+            Some(_) => (column + 1) * self.stride() - 1,
+            None => column,
+        }
+    }
+
+    /// Tokens a column.
+    pub(super) fn stride(&self) -> usize {
+        match self.problem.visibility {
+            Visibility::Causal { stride, .. } => stride,
+            Visibility::Prefix { .. } => 1,
+        }
+    }
+
     /// Heads that share a key/value head.
     pub(super) fn group(&self) -> usize {
         self.problem.heads / self.problem.kv_heads
@@ -163,21 +189,4 @@ pub(super) struct Block {
     pub(super) first: usize,
     pub(super) column: usize,
     pub(super) count: usize,
-}
-
-/// Calls `work` with `0..tasks`, on all cores if it is worth it. Which task does what does not depend on the
-/// number of cores, so neither do the results.
-pub(super) fn for_each(tasks: usize, multiplications: usize, work: impl Fn(usize) + Sync + Send) {
-    #[cfg(not(target_family = "wasm"))]
-    {
-        /// Below this the cores would mostly wait for each other.
-        const WORTH_IT: usize = 1 << 17;
-        if tasks > 1 && multiplications > WORTH_IT {
-            use rayon::prelude::*;
-            (0..tasks).into_par_iter().with_max_len(1).for_each(work);
-            return;
-        }
-    }
-    let _ = multiplications;
-    (0..tasks).for_each(work);
 }

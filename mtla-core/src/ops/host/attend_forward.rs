@@ -4,8 +4,9 @@
 use super::{
     Inputs,
     matrix::{Matrix, NewHeads},
-    real::{Real, add_scaled, dot, max, sum, vectorised},
-    tile::{Block, COLUMNS, Plan, QUERIES, Tile, for_each},
+    real::{Real, add_scaled, max, sum, vectorised},
+    threads::for_each,
+    tile::{Block, COLUMNS, Plan, QUERIES, Tile},
 };
 
 /// What a backward pass needs beside the inputs: the outputs, and for each query the logarithm of the sum of
@@ -61,6 +62,8 @@ struct Softmax<'a, R> {
     /// `Σ e^(score − largest) value`.
     weighted: Vec<R>,
     scores: Vec<R>,
+    /// For keys that have to be put together.
+    keys: Vec<R>,
 }
 
 impl<'a, R: Real> Softmax<'a, R> {
@@ -76,8 +79,9 @@ impl<'a, R: Real> Softmax<'a, R> {
             total: vec![R::default(); tile.count],
             weighted: vec![R::default(); tile.count * width],
             scores: vec![R::default(); QUERIES.min(tile.count) * COLUMNS.min(plan.problem.columns)],
+            keys: Vec::new(),
         };
-        let Some((keys, values)) = &inputs.own else {
+        let Some(own) = &inputs.own else {
             return new;
         };
         let (p, kv_head) = (plan.problem, tile.head / plan.group());
@@ -89,14 +93,14 @@ impl<'a, R: Real> Softmax<'a, R> {
                     continue;
                 }
                 let q = inputs.q.row(tile.batch, head, query);
-                new.largest[i] =
-                    R::of(p.scale) * dot(q, keys.row(tile.batch, kv_head, query));
+                let token = plan.own_token(tile.batch, query);
+                new.largest[i] = R::of(p.scale) * own.score(q, [tile.batch, kv_head, token]);
                 new.total[i] = R::of(1.0);
                 let kept = plan
                     .dropout(tile, i)
                     .map_or(R::of(1.0), |dropout| R::of(dropout.factor(own_column)));
                 let weighted = &mut new.weighted[i * width..][..width];
-                add_scaled(weighted, kept, values.row(tile.batch, kv_head, query));
+                add_scaled(weighted, kept, own.v.row(tile.batch, kv_head, token));
             }
         });
         new
@@ -107,13 +111,14 @@ impl<'a, R: Real> Softmax<'a, R> {
         let Self {
             plan, inputs, tile, ..
         } = *self;
-        let Some((keys, values)) = &inputs.columns else {
+        let Some(columns) = &inputs.columns else {
             return;
         };
-        let kv_head = tile.head / plan.group();
+        let place = [tile.batch, tile.head / plan.group(), block.column, block.count];
         let (first, rows) = (block.first, tile.count - block.first);
-        let keys = keys.tokens(tile.batch, kv_head, block.column, block.count);
-        let values = values.tokens(tile.batch, kv_head, block.column, block.count);
+        let keys = columns.keys(place, &mut self.keys);
+        let [b, h, column, count] = place;
+        let values = columns.v.tokens(b, h, column, count);
         let scale = R::of(plan.problem.scale);
         let queries = self.queries.rows_from(first);
         let scores = &mut self.scores[..rows * block.count];

@@ -9,16 +9,20 @@
 
 use super::{
     Inputs, Saved,
+    keys::{KeyGradients, KeyWriter},
     matrix::{HeadsWriter, Matrix, NewHeads},
-    real::{Real, add_scaled, dot, vectorised},
-    tile::{Block, COLUMNS, Plan, QUERIES, Tile, for_each},
+    real::{Real, dot, vectorised},
+    threads::for_each,
+    tile::{Block, COLUMNS, Plan, QUERIES, Tile},
 };
 
-/// Gradients, each of the shape of what it belongs to; keys and values as in [`Inputs`].
+/// Gradients, each of the shape of what it belongs to.
 pub(super) struct Gradients<R> {
     pub(super) q: NewHeads<R>,
-    pub(super) columns: Option<(NewHeads<R>, NewHeads<R>)>,
-    pub(super) own: Option<(NewHeads<R>, NewHeads<R>)>,
+    /// Of the keys of tokens, or of columns.
+    pub(super) keys: Option<KeyGradients<R>>,
+    /// Of the queries' own keys, where they are given for themselves.
+    pub(super) own: Option<KeyGradients<R>>,
 }
 
 /// Key/value heads a task works on are few where a small batch shares keys among many heads; then heads are
@@ -35,42 +39,46 @@ pub(super) fn backward<R: Real>(
     let parts = group.min(TASKS.div_ceil(kv_tasks.max(1))).max(1);
     let mut q = NewHeads::zeros([p.batch, p.heads, p.queries, p.key_width]);
     // A part of its own for each task, as further key/value heads.
-    let pair = |n| {
-        (
-            NewHeads::zeros([p.batch, p.kv_heads * parts, n, p.key_width]),
-            NewHeads::zeros([p.batch, p.kv_heads * parts, n, p.value_width]),
-        )
+    let zeros = |view, n| KeyGradients::zeros(&view, [p.batch, p.kv_heads * parts, n]);
+    let (mut keys, mut own) = match plan.tokens {
+        Some(tokens) => (inputs.columns.or(inputs.own).map(|view| zeros(view, tokens)), None),
+        None => (
+            inputs.columns.map(|view| zeros(view, p.columns)),
+            inputs.own.map(|view| zeros(view, p.queries)),
+        ),
     };
-    let mut columns = inputs.columns.as_ref().map(|_| pair(p.columns));
-    let mut own = inputs.own.as_ref().map(|_| pair(p.queries));
+    let q_writer = q.writer();
+    let keys_writer = keys.as_mut().map(KeyGradients::writer);
+    let own_writer = own.as_mut().map(KeyGradients::writer);
     let writers = Writers {
-        q: q.writer(),
-        columns: columns.as_mut().map(|(k, v)| (k.writer(), v.writer())),
-        own: own.as_mut().map(|(k, v)| (k.writer(), v.writer())),
+        q: &q_writer,
+        columns: keys_writer.as_ref(),
+        own: own_writer.as_ref().or(keys_writer.as_ref()),
     };
     for_each(kv_tasks * parts, plan.multiplications(), |task| {
         let (row, part) = (task / parts, task % parts);
         let (batch, kv_head) = (row / p.kv_heads, row % p.kv_heads);
         let heads = group * part / parts..group * (part + 1) / parts;
-        let mut task = Task::new(plan, inputs, saved, &writers, kv_head * parts + part);
+        let place = [batch, kv_head, kv_head * parts + part];
+        let mut task = Task::new(plan, inputs, saved, writers, place);
         for tile in plan.tiles(batch, kv_head * group + heads.start, heads.len()) {
             task.tile(&tile);
         }
-        task.finish(batch);
+        task.finish();
     });
-    let merge = |(k, v): (NewHeads<R>, NewHeads<R>)| (k.sum_heads(parts), v.sum_heads(parts));
     Gradients {
         q,
-        columns: columns.map(merge),
-        own: own.map(merge),
+        keys: keys.map(|keys| keys.sum(parts)),
+        own: own.map(|own| own.sum(parts)),
     }
 }
 
 /// Where gradients go.
+#[derive(Clone, Copy)]
 struct Writers<'a, R> {
-    q: HeadsWriter<'a, R>,
-    columns: Option<(HeadsWriter<'a, R>, HeadsWriter<'a, R>)>,
-    own: Option<(HeadsWriter<'a, R>, HeadsWriter<'a, R>)>,
+    q: &'a HeadsWriter<'a, R>,
+    columns: Option<&'a KeyWriter<'a, R>>,
+    own: Option<&'a KeyWriter<'a, R>>,
 }
 
 /// Some heads of one row of the batch that share their keys and values.
@@ -78,16 +86,21 @@ struct Task<'a, R> {
     plan: &'a Plan<'a>,
     inputs: &'a Inputs<'a, R>,
     saved: &'a Saved<'a, R>,
-    writers: &'a Writers<'a, R>,
+    writers: Writers<'a, R>,
+    batch: usize,
+    kv_head: usize,
     /// The key/value head to write to.
     target: usize,
-    keys: Vec<R>,
-    values: Vec<R>,
+    /// Gradients of this task's keys and values, one row a column.
+    grad_k: Vec<R>,
+    grad_v: Vec<R>,
     scratch: Scratch<R>,
 }
 
 /// Memory for one block.
 struct Scratch<R> {
+    /// For keys that have to be put together.
+    keys: Vec<R>,
     weights: Vec<R>,
     scores: Vec<R>,
     q: Vec<R>,
@@ -100,8 +113,8 @@ impl<'a, R: Real> Task<'a, R> {
         plan: &'a Plan<'a>,
         inputs: &'a Inputs<'a, R>,
         saved: &'a Saved<'a, R>,
-        writers: &'a Writers<'a, R>,
-        target: usize,
+        writers: Writers<'a, R>,
+        [batch, kv_head, target]: [usize; 3],
     ) -> Self {
         let p = plan.problem;
         let zeros = |n: usize| vec![R::default(); n];
@@ -110,10 +123,13 @@ impl<'a, R: Real> Task<'a, R> {
             inputs,
             saved,
             writers,
+            batch,
+            kv_head,
             target,
-            keys: zeros(p.columns * p.key_width),
-            values: zeros(p.columns * p.value_width),
+            grad_k: zeros(p.columns * p.key_width),
+            grad_v: zeros(p.columns * p.value_width),
             scratch: Scratch {
+                keys: Vec::new(),
                 weights: zeros(QUERIES * COLUMNS.min(p.columns)),
                 scores: zeros(QUERIES * COLUMNS.min(p.columns)),
                 q: zeros(QUERIES * p.key_width),
@@ -150,25 +166,27 @@ impl<'a, R: Real> Task<'a, R> {
             plan,
             inputs,
             saved,
+            batch,
+            kv_head,
             ..
         } = *self;
-        let Some((keys, values)) = &inputs.columns else {
+        let Some(columns) = &inputs.columns else {
             return;
         };
         let p = plan.problem;
-        let kv_head = tile.head / plan.group();
         let (first, rows, count) = (block.first, tile.count - block.first, block.count);
-        let keys = keys.tokens(tile.batch, kv_head, block.column, count);
-        let values = values.tokens(tile.batch, kv_head, block.column, count);
         let queries = tile.rows_of(&inputs.q).rows_from(first);
         let grads = tile.rows_of(&saved.grad).rows_from(first);
         let one = R::of(1.0);
         let Scratch {
+            keys,
             weights,
             scores,
             q,
             delta,
         } = &mut self.scratch;
+        let keys = columns.keys([batch, kv_head, block.column, count], keys);
+        let values = columns.v.tokens(batch, kv_head, block.column, count);
         let (weights, scores) = (&mut weights[..rows * count], &mut scores[..rows * count]);
         queries.times(keys.transposed(), R::of(p.scale), weights, count, false);
         grads.times(values.transposed(), one, scores, count, false);
@@ -197,9 +215,9 @@ impl<'a, R: Real> Task<'a, R> {
         let scores = Matrix::new(scores, rows, count, count);
         let (kw, vw) = (p.key_width, p.value_width);
         let scale = R::of(p.scale);
-        let grad_v = &mut self.values[block.column * vw..][..count * vw];
+        let grad_v = &mut self.grad_v[block.column * vw..][..count * vw];
         weights.transposed().times(grads, one, grad_v, vw, true);
-        let grad_k = &mut self.keys[block.column * kw..][..count * kw];
+        let grad_k = &mut self.grad_k[block.column * kw..][..count * kw];
         scores.transposed().times(queries, scale, grad_k, kw, true);
         scores.times(keys, scale, &mut q[first * kw..], kw, true);
     }
@@ -211,51 +229,54 @@ impl<'a, R: Real> Task<'a, R> {
             inputs,
             saved,
             writers,
+            batch,
+            kv_head,
             target,
             ..
         } = *self;
-        let (Some((keys, values)), Some((grad_k, grad_v))) = (&inputs.own, &writers.own) else {
+        let (Some(own), Some(writer)) = (&inputs.own, writers.own) else {
             return;
         };
         let p = plan.problem;
-        let (scale, kv_head) = (R::of(p.scale), tile.head / plan.group());
+        let scale = R::of(p.scale);
         vectorised(|| {
             for i in 0..tile.count {
                 let (head, query) = tile.place(i);
-                if !plan.sees_itself(tile.batch, query) {
+                if !plan.sees_itself(batch, query) {
                     continue;
                 }
-                let q = inputs.q.row(tile.batch, head, query);
-                let k = keys.row(tile.batch, kv_head, query);
-                let v = values.row(tile.batch, kv_head, query);
-                let grad = saved.grad.row(tile.batch, head, query);
-                let log_sum = saved.log_sum.row(tile.batch, head, query)[0];
+                let token = plan.own_token(batch, query);
+                let q = inputs.q.row(batch, head, query);
+                let grad = saved.grad.row(batch, head, query);
+                let log_sum = saved.log_sum.row(batch, head, query)[0];
                 let kept = plan
                     .dropout(tile, i)
                     .map_or(R::of(1.0), |dropout| R::of(dropout.factor(p.columns)));
-                let weight = (scale * dot(q, k) - log_sum).exp();
-                let score = weight * (kept * dot(grad, v) - self.scratch.delta[i]) * scale;
-                add_scaled(&mut self.scratch.q[i * k.len()..][..k.len()], score, k);
+                let place = [batch, kv_head, token];
+                let weight = (scale * own.score(q, place) - log_sum).exp();
+                let grad_weight = kept * dot(grad, own.v.row(batch, kv_head, token));
+                let score = weight * (grad_weight - self.scratch.delta[i]) * scale;
+                let grad_q = &mut self.scratch.q[i * q.len()..][..q.len()];
+                own.add_key(grad_q, score, place);
                 // SAFETY: this key/value head is this task's alone, and it has one thread.
-                unsafe {
-                    add_scaled(grad_k.row(tile.batch, target, query), score, q);
-                    add_scaled(grad_v.row(tile.batch, target, query), kept * weight, grad);
-                }
+                unsafe { writer.add([batch, target, token], (score, q), (kept * weight, grad)) };
             }
         });
     }
 
     /// Writes the gradients of keys and values.
-    fn finish(self, batch: usize) {
-        let Some((keys, values)) = &self.writers.columns else {
+    fn finish(self) {
+        let Some(writer) = self.writers.columns else {
             return;
         };
-        for (writer, grads) in [(keys, &self.keys), (values, &self.values)] {
-            let width = writer.width();
-            for (column, grad) in grads.chunks_exact(width).enumerate() {
-                // SAFETY: this key/value head is this task's alone.
-                unsafe { writer.row(batch, self.target, column) }.copy_from_slice(grad);
-            }
+        let p = self.plan.problem;
+        let keys = self.grad_k.chunks_exact(p.key_width);
+        let values = self.grad_v.chunks_exact(p.value_width);
+        let one = R::of(1.0);
+        for (column, (key, value)) in keys.zip(values).enumerate() {
+            let place = [self.batch, self.target, self.plan.column_token(column)];
+            // SAFETY: this key/value head is this task's alone, and it has one thread.
+            unsafe { writer.add(place, (one, key), (one, value)) };
         }
     }
 }

@@ -1,0 +1,154 @@
+//! What the operations are given and give back.
+
+use burn::tensor::{Int, Tensor, backend::Backend};
+use burn_autodiff::{Autodiff, checkpoint::strategy::CheckpointStrategy};
+
+use super::AttendProblem;
+
+/// Keys and values that queries attend to.
+#[derive(Debug, Clone)]
+pub struct KeyValue<B: Backend> {
+    /// Keys `[batch, kv_heads, n, key_width − shared width]`.
+    pub k: Tensor<B, 4>,
+    /// Further channels of the keys, the same for all heads: `[batch, 1, n, shared width]`.
+    pub shared: Option<Tensor<B, 4>>,
+    /// Values `[batch, kv_heads, n, value_width]`.
+    pub v: Tensor<B, 4>,
+}
+
+/// The keys and values of an [`attend`](super::AttentionBackend::attend).
+#[derive(Debug, Clone)]
+pub enum Keys<B: Backend> {
+    /// One key for each token of a row. Columns are the tokens that end a chunk, and query `i` of row `b` is
+    /// token `offsets[b] + i`, which is where its own running chunk stands.
+    Tokens(KeyValue<B>),
+    /// Columns given for themselves, as from a cache.
+    Columns {
+        /// Columns; `None` when no chunk is complete.
+        columns: Option<KeyValue<B>>,
+        /// Keys and values of each query's own running chunk.
+        own: Option<KeyValue<B>>,
+    },
+}
+
+/// Operands of [`AttentionBackend::attend`](super::AttentionBackend::attend).
+#[derive(Debug, Clone)]
+pub struct AttendOperands<B: Backend> {
+    /// Queries `[batch, heads, queries, key_width]`.
+    pub q: Tensor<B, 4>,
+    /// What they attend to.
+    pub keys: Keys<B>,
+}
+
+impl<B: Backend> KeyValue<B> {
+    pub(super) fn map(self, f: impl Fn(Tensor<B, 4>) -> Tensor<B, 4>) -> Self {
+        Self {
+            k: f(self.k),
+            shared: self.shared.map(&f),
+            v: f(self.v),
+        }
+    }
+
+    /// Shapes of whole keys and of values.
+    fn dims(&self) -> ([usize; 4], [usize; 4]) {
+        let mut k = self.k.dims();
+        if let Some(shared) = &self.shared {
+            let [batch, one, n, width] = shared.dims();
+            assert_eq!(
+                [batch, one, n],
+                [k[0], 1, k[2]],
+                "attend: shared channels do not fit the keys"
+            );
+            k[3] += width;
+        }
+        (k, self.v.dims())
+    }
+}
+
+impl<B: Backend> AttendOperands<B> {
+    /// # Panics
+    /// If the operands do not fit the problem.
+    pub(super) fn check(&self, problem: &AttendProblem) {
+        let q = self.q.dims();
+        let checked = match &self.keys {
+            Keys::Columns { columns, own } => problem.validate(
+                q,
+                columns.as_ref().map(KeyValue::dims),
+                own.as_ref().map(KeyValue::dims),
+            ),
+            Keys::Tokens(kv) => problem.validate_tokens(q, kv.dims()),
+        };
+        checked.unwrap_or_else(|error| panic!("attend: {error}"));
+    }
+}
+
+impl<B: Backend, C: CheckpointStrategy> KeyValue<Autodiff<B, C>> {
+    fn inner(self) -> KeyValue<B> {
+        KeyValue {
+            k: self.k.inner(),
+            shared: self.shared.map(Tensor::inner),
+            v: self.v.inner(),
+        }
+    }
+}
+
+impl<B: Backend, C: CheckpointStrategy> AttendOperands<Autodiff<B, C>> {
+    /// Without the autodiff graph.
+    pub(super) fn inner(self) -> AttendOperands<B> {
+        let keys = match self.keys {
+            Keys::Tokens(kv) => Keys::Tokens(kv.inner()),
+            Keys::Columns { columns, own } => Keys::Columns {
+                columns: columns.map(KeyValue::inner),
+                own: own.map(KeyValue::inner),
+            },
+        };
+        AttendOperands {
+            q: self.q.inner(),
+            keys,
+        }
+    }
+}
+
+/// What the forward pass of [`Derivatives::attend`] gives.
+#[derive(Debug, Clone)]
+pub struct AttendForward<B: Backend> {
+    /// The result of `attend`, `[batch, heads, queries, value_width]`.
+    pub out: Tensor<B, 4>,
+    /// What the backward pass wants to know beside it: for each query `ln Σ e^score`,
+    /// `[batch, heads, queries, 1]`.
+    pub log_sum: Tensor<B, 4>,
+}
+
+/// Operations of a backend that come with a backward pass of their own: `Autodiff` records each as one node,
+/// instead of tracing the plain forms.
+#[derive(Debug, Clone, Copy)]
+pub struct Derivatives<B: Backend> {
+    /// [`attend`](super::AttentionBackend::attend), forward.
+    pub attend: fn(AttendOperands<B>, &AttendProblem) -> AttendForward<B>,
+    /// The gradients of its operands, from the operands, what the forward pass gave, and the gradient of its
+    /// result.
+    pub attend_backward:
+        fn(AttendOperands<B>, &AttendProblem, AttendForward<B>, Tensor<B, 4>) -> AttendOperands<B>,
+    /// The gradients of latents and gates from those of
+    /// [`gate_and_merge`](super::AttentionBackend::gate_and_merge)'s result: latents, gates, stride, gradient.
+    pub gate_and_merge_backward:
+        fn(Tensor<B, 3>, Tensor<B, 2>, usize, Tensor<B, 3>) -> (Tensor<B, 3>, Tensor<B, 2>),
+}
+
+/// Operands of [`AttentionBackend::decode`](super::AttentionBackend::decode).
+#[derive(Debug, Clone)]
+pub struct DecodeOperands<B: Backend> {
+    /// Queries, rotated (and, for latent layouts, projected to the latent space)
+    /// `[rows, heads, key_width]`.
+    pub q: Tensor<B, 3>,
+    /// The new token of each row as the pool stores it, before the gate `[rows, slot width]`.
+    pub row: Tensor<B, 2>,
+    /// Folded gate table `[chunks, rank + 1]`: the gate of latent `c` in chunk `t` is
+    /// `sigmoid(table[t, ..rank]·c + table[t, rank])`; `None` where nothing is gated.
+    pub gates: Option<Tensor<B, 2>>,
+    /// All slots `[slots, slot width]`.
+    pub pool: Tensor<B, 2>,
+    /// Per row its token count before this token, then its slots in order, filled up with the row's last
+    /// slot: `[rows, 1 + max_slots]`.
+    pub table: Tensor<B, 2, Int>,
+}
