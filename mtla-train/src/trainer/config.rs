@@ -81,6 +81,10 @@ pub struct TrainerConfig {
     pub batch_size: usize,
     /// Batches that make one optimizer step. The last step of an epoch may have fewer.
     pub accumulation: usize,
+    /// Threads that compute the batches of a step, for processors with several cores and models too small
+    /// to keep them busy. The result does not depend on it, unless the model draws from the backend's
+    /// random numbers, of which there is one sequence for all threads.
+    pub workers: usize,
     /// The optimizer.
     pub optimizer: Optimizer,
     /// The learning rate.
@@ -104,6 +108,7 @@ impl Default for TrainerConfig {
             length: Length::Epochs(1),
             batch_size: 32,
             accumulation: 1,
+            workers: 1,
             optimizer: Optimizer::default(),
             learning_rate: Schedule::default(),
             clip_norm: Some(1.0),
@@ -130,6 +135,7 @@ impl TrainerConfig {
             (length, steps),
             ("batch_size", self.batch_size),
             ("accumulation", self.accumulation),
+            ("workers", self.workers),
             ("log_every", self.log_every),
             ("validate_every", self.validate_every),
             ("checkpoint_every", self.checkpoint_every),

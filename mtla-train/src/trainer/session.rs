@@ -107,7 +107,9 @@ where
         let step = self.state.step;
         let seed = derive(self.config().seed, Stream::Step, step);
         B::seed(self.device(), seed);
-        let found = gradients::<B, M>(&model, batches, self.config().clip_norm, (step, seed))?;
+        let config = self.config();
+        let (clip, workers) = (config.clip_norm, config.workers);
+        let found = gradients::<B, M>(&model, batches, clip, workers, (step, seed))?;
         self.window.push(step, found.loss, found.norm, found.tokens);
         Ok(self
             .optimizer

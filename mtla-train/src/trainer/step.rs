@@ -19,36 +19,58 @@ pub(super) struct Gradients<B: AutodiffBackend> {
     pub tokens: usize,
 }
 
+/// What one batch adds to a step.
+struct Part<B: AutodiffBackend> {
+    grads: GradientsParams,
+    loss: Tensor<B::InnerBackend, 1>,
+    tokens: usize,
+}
+
 /// Gradients of the mean loss over all tokens of `batches`, clipped to the norm `clip`.
 ///
 /// Batches differ in their numbers of tokens. Each mean is weighted by its tokens in relation to
 /// the first batch's, and the sum is divided by the sum of the weights: all numbers stay near 1,
 /// whatever the precision.
+///
+/// Batches are computed on up to `workers` threads and added in their order, so that the result
+/// does not depend on how many there are.
 pub(super) fn gradients<B, M>(
     model: &M,
     batches: Vec<M::Batch>,
     clip: Option<f64>,
+    workers: usize,
     (step, seed): (usize, u64),
 ) -> Result<Gradients<B>, TrainError>
 where
     B: AutodiffBackend,
     M: AutodiffModule<B> + Objective<B>,
 {
+    let workers = workers.min(batches.len());
     let mut accumulator = GradientsAccumulator::new();
     let mut losses = Vec::new();
-    let mut tokens = Vec::new();
-    for (index, batch) in batches.into_iter().enumerate() {
-        let loss = model.loss(batch, Some(derive(seed, Stream::Batch, index)));
-        if loss.tokens == 0 {
-            return Err(TrainError::EmptyBatch { step });
+    let mut tokens: Vec<usize> = Vec::new();
+    let mut numbered = batches.into_iter().enumerate();
+    loop {
+        let turn: Vec<_> = numbered.by_ref().take(workers).collect();
+        if turn.is_empty() {
+            break;
         }
-        tokens.push(loss.tokens);
-        let weighted = loss.mean * (loss.tokens as f64 / tokens[0] as f64);
-        losses.push(weighted.clone().inner().cast(DType::F32));
-        accumulator.accumulate(
-            model,
-            GradientsParams::from_grads(weighted.backward(), model),
-        );
+        for part in parts::<B, M>(model, turn, seed) {
+            if part.tokens == 0 {
+                return Err(TrainError::EmptyBatch { step });
+            }
+            tokens.push(part.tokens);
+            let Part { mut grads, loss, .. } = part;
+            if part.tokens != tokens[0] {
+                let weight = loss.ones_like() * (part.tokens as f64 / tokens[0] as f64);
+                model.visit(&mut Scale::<B> {
+                    grads: &mut grads,
+                    scale: weight,
+                });
+            }
+            losses.push(loss * (part.tokens as f64 / tokens[0] as f64));
+            accumulator.accumulate(model, grads);
+        }
     }
     let mut grads = accumulator.grads();
     let tokens_all: usize = tokens.iter().sum();
@@ -70,6 +92,49 @@ where
         norm,
         tokens: tokens_all,
     })
+}
+
+/// The parts of a step from the batches of one turn, each on a thread of its own.
+fn parts<B, M>(model: &M, turn: Vec<(usize, M::Batch)>, seed: u64) -> Vec<Part<B>>
+where
+    B: AutodiffBackend,
+    M: AutodiffModule<B> + Objective<B>,
+{
+    let device = model.devices()[0].clone();
+    if turn.len() < 2 {
+        return turn.into_iter().map(|one| part(model, one, seed)).collect();
+    }
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = turn
+            .into_iter()
+            .map(|one| {
+                // A graph of its own, or the threads would wait for each other.
+                let model = model.clone().fork(&device);
+                scope.spawn(move || part(&model, one, seed))
+            })
+            .collect();
+        threads
+            .into_iter()
+            .map(|thread| {
+                thread
+                    .join()
+                    .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            })
+            .collect()
+    })
+}
+
+fn part<B, M>(model: &M, (index, batch): (usize, M::Batch), seed: u64) -> Part<B>
+where
+    B: AutodiffBackend,
+    M: AutodiffModule<B> + Objective<B>,
+{
+    let loss = model.loss(batch, Some(derive(seed, Stream::Batch, index)));
+    Part {
+        tokens: loss.tokens,
+        loss: loss.mean.clone().inner().cast(DType::F32),
+        grads: GradientsParams::from_grads(loss.mean.backward(), model),
+    }
 }
 
 /// The Euclidean norm over all gradients, in single precision.
@@ -148,6 +213,14 @@ mod tests {
 
     /// Gradient, loss, norm and tokens of a step on these batches.
     fn step(batches: &[&[&[u32]]], clip: Option<f64>) -> (Vec<f32>, f32, f32, usize) {
+        step_with(1, batches, clip)
+    }
+
+    fn step_with(
+        workers: usize,
+        batches: &[&[&[u32]]],
+        clip: Option<f64>,
+    ) -> (Vec<f32>, f32, f32, usize) {
         let weights: Vec<f32> = (0u8..25).map(|i| f32::from(i * 7 % 11) / 4.0).collect();
         let weights = Tensor::<B, 1>::from_floats(&weights[..], &FlexDevice).reshape([5, 5]);
         let mut model = Bigram {
@@ -160,7 +233,7 @@ mod tests {
         let batch =
             |rows: &&[&[u32]]| TextBatcher.batch(rows.iter().map(block).collect(), &FlexDevice);
         let batches = batches.iter().map(batch).collect();
-        let found = gradients::<B, _>(&model, batches, clip, (1, 0)).unwrap();
+        let found = gradients::<B, _>(&model, batches, clip, workers, (1, 0)).unwrap();
         let grad = found.grads.get::<Flex, 2>(model.table.weight.id).unwrap();
         let grad = grad.into_data().to_vec().unwrap();
         (
@@ -191,6 +264,15 @@ mod tests {
     }
 
     #[test]
+    fn how_many_workers_there_are_changes_nothing() {
+        let batches: &[&[&[u32]]] = &[&[SHORT], &[LONG, SHORT], &[LONG], &[SHORT, SHORT]];
+        let alone = step_with(1, batches, Some(0.05));
+        for workers in [2, 3, 4, 9] {
+            assert_eq!(step_with(workers, batches, Some(0.05)), alone);
+        }
+    }
+
+    #[test]
     fn clipping_shortens_long_gradients_and_leaves_short_ones() {
         let (free, _, norm, _) = step(&[&[LONG]], None);
         assert!((length(&free) - norm).abs() < 1e-6);
@@ -211,7 +293,7 @@ mod tests {
             lengths: vec![0],
             ..batch
         };
-        let error = gradients::<B, _>(&model, vec![empty], None, (9, 0))
+        let error = gradients::<B, _>(&model, vec![empty], None, 1, (9, 0))
             .err()
             .unwrap();
         assert!(error.to_string().contains("no tokens at step 9"), "{error}");
