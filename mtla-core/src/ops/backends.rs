@@ -84,7 +84,9 @@ mod flex {
     use burn::tensor::{DType, Element, TensorPrimitive};
     use burn_flex::{Flex, FlexTensor};
 
-    use super::{AttendOperands, AttendProblem, AttentionBackend, Int, Tensor};
+    use super::{
+        AttendOperands, AttendProblem, AttentionBackend, DecodeOperands, DecodeProblem, Int, Tensor,
+    };
     use super::Rotary;
     use crate::ops::{Derivatives, host};
 
@@ -111,6 +113,13 @@ mod flex {
             stride: usize,
         ) -> Tensor<Self, 3> {
             host::gate_and_merge(latents, gates, stride)
+        }
+
+        fn decode(
+            operands: DecodeOperands<Self>,
+            problem: &DecodeProblem,
+        ) -> (Tensor<Self, 3>, Tensor<Self, 2>) {
+            host::decode(operands, problem)
         }
 
         /// Writes rows straight into the pool's storage: Flex's own scatter copies the whole pool.

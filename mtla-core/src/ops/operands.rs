@@ -3,7 +3,7 @@
 use burn::tensor::{Int, Tensor, backend::Backend};
 use burn_autodiff::{Autodiff, checkpoint::strategy::CheckpointStrategy};
 
-use super::AttendProblem;
+use super::{AttendProblem, DecodeProblem};
 
 /// Keys and values that queries attend to.
 #[derive(Debug, Clone)]
@@ -151,4 +151,20 @@ pub struct DecodeOperands<B: Backend> {
     /// Per row its token count before this token, then its slots in order, filled up with the row's last
     /// slot: `[rows, 1 + max_slots]`.
     pub table: Tensor<B, 2, Int>,
+}
+
+impl<B: Backend> DecodeOperands<B> {
+    /// # Panics
+    /// If the operands do not fit the problem.
+    pub(super) fn check(&self, problem: &DecodeProblem) {
+        problem
+            .validate(
+                self.q.dims(),
+                self.row.dims(),
+                self.gates.as_ref().map(Tensor::dims),
+                self.pool.dims(),
+                self.table.dims(),
+            )
+            .unwrap_or_else(|error| panic!("decode: {error}"));
+    }
 }

@@ -284,6 +284,7 @@ pub fn decode<B: AttentionBackend>(
     operands: DecodeOperands<B>,
     problem: &DecodeProblem,
 ) -> (Tensor<B, 3>, Tensor<B, 2>) {
+    operands.check(problem);
     let DecodeOperands {
         q,
         row,
@@ -291,15 +292,6 @@ pub fn decode<B: AttentionBackend>(
         pool,
         table,
     } = operands;
-    problem
-        .validate(
-            q.dims(),
-            row.dims(),
-            gates.as_ref().map(Tensor::dims),
-            pool.dims(),
-            table.dims(),
-        )
-        .unwrap_or_else(|error| panic!("decode: {error}"));
     let p = problem;
     let rows = p.starts.len();
     let start = table.clone().narrow(1, 0, 1);

@@ -4,7 +4,8 @@
 use super::{
     Inputs,
     matrix::{Matrix, NewHeads},
-    real::{Real, add_scaled, max, sum, vectorised},
+    real::{Real, add_scaled, vectorised},
+    softmax::Softmax,
     threads::for_each,
     tile::{Block, COLUMNS, Plan, QUERIES, Tile},
 };
@@ -30,9 +31,9 @@ pub(super) fn forward<R: Real>(plan: &Plan<'_>, inputs: &Inputs<'_, R>) -> Forwa
     for_each(tiles.len(), plan.multiplications(), |task| {
         // The last tiles of a sequence see most: they go first, so that no core waits for one of them.
         let tile = &tiles[tiles.len() - 1 - task];
-        let mut softmax = Softmax::new(plan, inputs, tile);
+        let mut attention = TileAttention::new(plan, inputs, tile);
         for block in plan.blocks(tile) {
-            softmax.take(&block);
+            attention.take(&block);
         }
         for i in 0..tile.count {
             let (head, query) = tile.place(i);
@@ -43,30 +44,25 @@ pub(super) fn forward<R: Real>(plan: &Plan<'_>, inputs: &Inputs<'_, R>) -> Forwa
                     sums.row(tile.batch, head, query),
                 )
             };
-            log_sum[0] = softmax.finish(i, out);
+            log_sum[0] = attention.softmax.finish(i, out);
         }
     });
     Forward { out, log_sum }
 }
 
-/// The softmax of a tile's queries over what they have seen so far.
-struct Softmax<'a, R> {
+/// The attention of a tile's queries to what they have seen so far.
+struct TileAttention<'a, R> {
     plan: &'a Plan<'a>,
     inputs: &'a Inputs<'a, R>,
     tile: &'a Tile,
     queries: Matrix<'a, R>,
-    /// The largest score of each query.
-    largest: Vec<R>,
-    /// `Σ e^(score − largest)`.
-    total: Vec<R>,
-    /// `Σ e^(score − largest) value`.
-    weighted: Vec<R>,
+    softmax: Softmax<R>,
     scores: Vec<R>,
     /// For keys that have to be put together.
     keys: Vec<R>,
 }
 
-impl<'a, R: Real> Softmax<'a, R> {
+impl<'a, R: Real> TileAttention<'a, R> {
     /// Begins with what each query sees of its own chunk.
     fn new(plan: &'a Plan<'a>, inputs: &'a Inputs<'a, R>, tile: &'a Tile) -> Self {
         let width = plan.problem.value_width;
@@ -75,9 +71,7 @@ impl<'a, R: Real> Softmax<'a, R> {
             inputs,
             tile,
             queries: tile.rows_of(&inputs.q),
-            largest: vec![R::LOWEST; tile.count],
-            total: vec![R::default(); tile.count],
-            weighted: vec![R::default(); tile.count * width],
+            softmax: Softmax::new(tile.count, width),
             scores: vec![R::default(); QUERIES.min(tile.count) * COLUMNS.min(plan.problem.columns)],
             keys: Vec::new(),
         };
@@ -94,12 +88,12 @@ impl<'a, R: Real> Softmax<'a, R> {
                 }
                 let q = inputs.q.row(tile.batch, head, query);
                 let token = plan.own_token(tile.batch, query);
-                new.largest[i] = R::of(p.scale) * own.score(q, [tile.batch, kv_head, token]);
-                new.total[i] = R::of(1.0);
+                let score = R::of(p.scale) * own.score(q, [tile.batch, kv_head, token]);
+                new.softmax.take(i, &mut [score]);
                 let kept = plan
                     .dropout(tile, i)
                     .map_or(R::of(1.0), |dropout| R::of(dropout.factor(own_column)));
-                let weighted = &mut new.weighted[i * width..][..width];
+                let weighted = &mut new.softmax.weighted[i * width..][..width];
                 add_scaled(weighted, kept, own.v.row(tile.batch, kv_head, token));
             }
         });
@@ -129,21 +123,7 @@ impl<'a, R: Real> Softmax<'a, R> {
                 let i = first + i;
                 let (seen, hidden) = scores.split_at_mut(plan.visible_in(tile, block, i));
                 hidden.fill(R::default());
-                let before = self.largest[i];
-                let largest = max(seen);
-                let largest = if before > largest { before } else { largest };
-                for score in seen.iter_mut() {
-                    *score = (*score - largest).exp();
-                }
-                if largest > before {
-                    let factor = (before - largest).exp();
-                    self.total[i] *= factor;
-                    for x in &mut self.weighted[i * width..][..width] {
-                        *x *= factor;
-                    }
-                    self.largest[i] = largest;
-                }
-                self.total[i] += sum(seen);
+                self.softmax.take(i, seen);
                 if let Some(dropout) = plan.dropout(tile, i) {
                     for (j, weight) in seen.iter_mut().enumerate() {
                         *weight *= R::of(dropout.factor(block.column + j));
@@ -152,20 +132,7 @@ impl<'a, R: Real> Softmax<'a, R> {
             }
         });
         let weights = Matrix::new(scores, rows, block.count, block.count);
-        let weighted = &mut self.weighted[first * width..];
+        let weighted = &mut self.softmax.weighted[first * width..];
         weights.times(values, R::of(1.0), weighted, width, true);
-    }
-
-    /// Writes the output of entry `i` and returns the logarithm of its sum. A query that sees nothing gets 0.
-    fn finish(&self, i: usize, out: &mut [R]) -> R {
-        let total = self.total[i];
-        if total == R::default() {
-            return R::default();
-        }
-        let weighted = &self.weighted[i * out.len()..][..out.len()];
-        for (out, x) in out.iter_mut().zip(weighted) {
-            *out = *x / total;
-        }
-        self.largest[i] + total.ln()
     }
 }

@@ -76,7 +76,9 @@ fn new<R: Real>(values: Vec<R>, shape: &[usize]) -> FlexTensor {
     FlexTensor::new(Bytes::from_elems(values), layout, R::dtype())
 }
 
-fn sigmoid<R: Real>(x: R) -> R {
+#[inline(always)]
+#[expect(clippy::inline_always, reason = "it has to be part of a vectorised caller")]
+pub(super) fn sigmoid<R: Real>(x: R) -> R {
     let one = R::of(1.0);
     if x > R::default() {
         one / (one + (R::default() - x).exp())

@@ -8,6 +8,8 @@
 //!
 //! * `tile.rs` cuts a problem into tiles and blocks, and knows which query sees which column;
 //! * `attend_forward.rs`, `attend_backward.rs` are the two passes over them;
+//! * `decode.rs` is the decoding step;
+//! * `softmax.rs` is the online softmax of both;
 //! * `keys.rs` knows how keys are put together, and where their gradients go;
 //! * `rotate.rs` and `merge.rs` are what happens to queries and latents before, one pass each;
 //! * `matrix.rs` holds the views that matrix products are made of, and all unsafe code;
@@ -18,11 +20,13 @@
 
 mod attend_backward;
 mod attend_forward;
+mod decode;
 mod keys;
 mod matrix;
 mod merge;
 mod real;
 mod rotate;
+mod softmax;
 mod threads;
 mod tile;
 
@@ -38,6 +42,7 @@ use matrix::{Heads, NewHeads, in_rows};
 use real::Real;
 use tile::Plan;
 
+pub(super) use decode::decode;
 pub(super) use merge::{gate_and_merge, gate_and_merge_backward};
 pub(super) use rotate::rotate;
 

@@ -1,0 +1,300 @@
+//! One decoding step over a slot pool.
+//!
+//! Every row's new token is merged into its slot first, in place. Then each row's heads that share keys attend
+//! to its slots together: a run of neighbouring slots (a prompt, above all) is read where it lies, as one
+//! matrix; scattered slots are gathered into a block before.
+
+use burn::tensor::{DType, Element, Int, Tensor, TensorPrimitive};
+use burn_flex::{Flex, FlexTensor};
+
+use super::{
+    super::{DecodeOperands, DecodeProblem, LaunchKind, SlotLayout, launches, plain::to_dtype},
+    matrix::{HeadsWriter, Matrix, NewHeads},
+    merge::sigmoid,
+    primitive,
+    real::{Real, dot, vectorised},
+    softmax::Softmax,
+    tensor,
+    threads::for_each,
+};
+
+/// Slots attended to at a time, and the shortest run that is not copied.
+const SLOTS: usize = 128;
+const RUN: usize = 16;
+
+/// [`decode`](crate::ops::AttentionBackend::decode).
+///
+/// # Panics
+/// If the operands do not fit the problem.
+pub(in crate::ops) fn decode(
+    operands: DecodeOperands<Flex>,
+    problem: &DecodeProblem,
+) -> (Tensor<Flex, 3>, Tensor<Flex, 2>) {
+    operands.check(problem);
+    launches::count(LaunchKind::HostDecode);
+    let dtype = operands.q.dtype();
+    let table = integers(operands.table);
+    let mut pool = operands.pool.into_primitive().tensor().to_contiguous();
+    let floats = Floats {
+        q: primitive(operands.q).to_contiguous(),
+        row: primitive(operands.row).to_contiguous(),
+        gates: operands.gates.map(|gates| primitive(gates).to_contiguous()),
+    };
+    let out = match (floats.q.dtype(), pool.dtype()) {
+        (DType::F64, DType::F64) => run::<f64, f64>(&floats, &mut pool, &table, problem),
+        (DType::F64, DType::F32) => run::<f64, f32>(&floats, &mut pool, &table, problem),
+        (_, DType::F64) => run::<f32, f64>(&floats, &mut pool, &table, problem),
+        (_, DType::F16) => run::<f32, burn::tensor::f16>(&floats, &mut pool, &table, problem),
+        (_, DType::BF16) => run::<f32, burn::tensor::bf16>(&floats, &mut pool, &table, problem),
+        _ => run::<f32, f32>(&floats, &mut pool, &table, problem),
+    };
+    let out: Tensor<Flex, 4> = tensor(out);
+    let [rows, heads, _, width] = out.dims();
+    (
+        to_dtype(out.reshape([rows, heads, width]), dtype),
+        Tensor::from_primitive(TensorPrimitive::Float(pool)),
+    )
+}
+
+struct Floats {
+    q: FlexTensor,
+    row: FlexTensor,
+    gates: Option<FlexTensor>,
+}
+
+fn integers(table: Tensor<Flex, 2, Int>) -> Vec<usize> {
+    let table = table.into_primitive().to_contiguous();
+    match table.dtype() {
+        DType::I64 => table.storage::<i64>().iter().map(|x| *x as usize).collect(),
+        _ => table.storage::<i32>().iter().map(|x| *x as usize).collect(),
+    }
+}
+
+fn run<R: Real, P: Stored<R>>(
+    floats: &Floats,
+    pool: &mut FlexTensor,
+    table: &[usize],
+    problem: &DecodeProblem,
+) -> FlexTensor {
+    let p = problem;
+    let gates = floats.gates.as_ref().map(|gates| gates.storage::<R>());
+    merge::<R, P>(pool.storage_mut(), floats.row.storage(), gates, table, p);
+    let step = Step {
+        problem: p,
+        q: floats.q.storage::<R>(),
+        pool: pool.storage::<P>(),
+        table,
+    };
+    let (rows, kv_heads) = (p.starts.len(), p.layout.kv_heads());
+    let mut out = NewHeads::zeros([rows, p.heads, 1, p.layout.value_width()]);
+    let writer = out.writer();
+    let slots: usize = p.starts.iter().map(|start| start / p.stride + 1).sum();
+    for_each(rows * kv_heads, slots * p.heads * p.layout.width(), |task| {
+        step.attend(task / kv_heads, task % kv_heads, &writer);
+    });
+    out.into_tensor()
+}
+
+/// Writes each row's new token into its slot, or adds it to what the slot holds.
+fn merge<R: Real, P: Stored<R>>(
+    pool: &mut [P],
+    new: &[R],
+    gates: Option<&[R]>,
+    table: &[usize],
+    p: &DecodeProblem,
+) {
+    let width = p.layout.width();
+    let lines = table.chunks_exact(1 + p.max_slots).zip(new.chunks_exact(width));
+    for (table, new) in lines {
+        let (start, chunk) = (table[0], table[0] / p.stride);
+        let slot = &mut pool[table[1 + chunk] * width..][..width];
+        let (SlotLayout::Latent { rank, .. }, Some(gates)) = (p.layout, gates) else {
+            for (slot, new) in slot.iter_mut().zip(new) {
+                *slot = P::store(*new);
+            }
+            continue;
+        };
+        let opens = start.is_multiple_of(p.stride);
+        vectorised(|| {
+            let (g, beta) = gates[chunk * (rank + 1)..][..=rank].split_at(rank);
+            let weight = sigmoid(dot(g, &new[..rank]) + beta[0]);
+            for (i, (slot, new)) in slot.iter_mut().zip(new).enumerate() {
+                *slot = match (i < rank, opens) {
+                    (true, true) => P::store(weight * *new),
+                    (true, false) => P::store(slot.load() + weight * *new),
+                    (false, _) => P::store(*new),
+                };
+            }
+        });
+    }
+}
+
+/// What all rows of a step share.
+struct Step<'a, R, P> {
+    problem: &'a DecodeProblem,
+    q: &'a [R],
+    pool: &'a [P],
+    table: &'a [usize],
+}
+
+impl<R: Real, P: Stored<R>> Step<'_, R, P> {
+    /// The heads of one key/value head of a row.
+    fn attend(&self, row: usize, kv_head: usize, out: &HeadsWriter<'_, R>) {
+        let p = self.problem;
+        let (width, group) = (p.layout.width(), p.heads / p.layout.kv_heads());
+        let (key, value) = (p.layout.key_width(), p.layout.value_width());
+        let (key_start, value_start) = match p.layout {
+            SlotLayout::Dense { kv_heads, head_dim } => {
+                (kv_head * head_dim, (kv_heads + kv_head) * head_dim)
+            }
+            SlotLayout::Latent { .. } => (0, 0),
+        };
+        let line = &self.table[row * (1 + p.max_slots)..][..1 + p.max_slots];
+        let slots = &line[1..=1 + line[0] / p.stride];
+        let first = (row * p.heads + kv_head * group) * key;
+        let q = Matrix::new(&self.q[first..][..group * key], group, key, key);
+        let mut softmax = Softmax::new(group, value);
+        let (mut scores, mut gathered) = (Vec::new(), Vec::new());
+        for block in blocks(slots) {
+            let memory = self.block(block, width, &mut gathered);
+            let n = block.len();
+            let keys = Matrix::new(&memory[key_start..], n, key, width);
+            let values = Matrix::new(&memory[value_start..], n, value, width);
+            scores.resize(group * n, R::default());
+            q.times(keys.transposed(), R::of(p.scale), &mut scores, n, false);
+            vectorised(|| {
+                for (i, scores) in scores.chunks_exact_mut(n).enumerate() {
+                    softmax.take(i, scores);
+                }
+            });
+            let weights = Matrix::new(&scores, group, n, n);
+            weights.times(values, R::of(1.0), &mut softmax.weighted, value, true);
+        }
+        for i in 0..group {
+            // SAFETY: each head of each row belongs to one task.
+            softmax.finish(i, unsafe { out.row(row, kv_head * group + i, 0) });
+        }
+    }
+
+    /// The slots of a block one after the other: in the pool where they lie so, else copied.
+    fn block<'b>(&'b self, slots: &[usize], width: usize, gathered: &'b mut Vec<R>) -> &'b [R] {
+        if is_run(slots)
+            && let Some(pool) = P::as_computed(self.pool)
+        {
+            return &pool[slots[0] * width..][..slots.len() * width];
+        }
+        gathered.clear();
+        for slot in slots {
+            let slot = &self.pool[slot * width..][..width];
+            gathered.extend(slot.iter().map(|x| x.load()));
+        }
+        gathered
+    }
+}
+
+fn is_run(slots: &[usize]) -> bool {
+    slots.windows(2).all(|pair| pair[0] + 1 == pair[1])
+}
+
+/// Cuts a row's slots into blocks: long runs for themselves, what lies scattered between them together.
+fn blocks(mut slots: &[usize]) -> impl Iterator<Item = &[usize]> {
+    let run = |slots: &[usize]| {
+        let pairs = slots.windows(2).take(SLOTS - 1);
+        1 + pairs.take_while(|pair| pair[0] + 1 == pair[1]).count()
+    };
+    std::iter::from_fn(move || {
+        let mut length = run(slots.first().map(|_| slots)?);
+        if length < RUN {
+            // Scattered: up to the next long run.
+            while length < slots.len().min(SLOTS) {
+                let next = run(&slots[length..]);
+                if next >= RUN {
+                    break;
+                }
+                length = (length + next).min(SLOTS);
+            }
+        }
+        let (block, rest) = slots.split_at(length);
+        slots = rest;
+        Some(block)
+    })
+}
+
+/// An element type of a pool, and how it is computed with.
+trait Stored<R>: Element + bytemuck::Pod {
+    fn load(&self) -> R;
+    fn store(x: R) -> Self;
+
+    /// The pool as it is, if it is of the type to compute in.
+    fn as_computed(_: &[Self]) -> Option<&[R]> {
+        None
+    }
+}
+
+macro_rules! stored {
+    ($stored:ty as $computed:ty) => {
+        impl Stored<$computed> for $stored {
+            #[inline]
+            fn load(&self) -> $computed {
+                <$computed>::from(*self)
+            }
+
+            #[inline]
+            fn store(x: $computed) -> Self {
+                x
+            }
+
+            fn as_computed(pool: &[Self]) -> Option<&[$computed]> {
+                Some(pool)
+            }
+        }
+    };
+    ($stored:ty as $computed:ty, $load:expr, $store:expr) => {
+        impl Stored<$computed> for $stored {
+            #[inline]
+            fn load(&self) -> $computed {
+                $load(*self)
+            }
+
+            #[inline]
+            fn store(x: $computed) -> Self {
+                $store(x)
+            }
+        }
+    };
+}
+
+stored!(f32 as f32);
+stored!(f64 as f64);
+stored!(f32 as f64, f64::from, |x| x as f32);
+stored!(f64 as f32, |x| x as f32, f64::from);
+stored!(burn::tensor::f16 as f32, f32::from, burn::tensor::f16::from_f32);
+stored!(burn::tensor::bf16 as f32, f32::from, burn::tensor::bf16::from_f32);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_keep_long_runs_and_join_what_is_scattered() {
+        let cut = |slots: &[usize]| -> Vec<usize> { blocks(slots).map(<[usize]>::len).collect() };
+        assert_eq!(cut(&[]), Vec::<usize>::new());
+        assert_eq!(cut(&[7]), [1]);
+        let run: Vec<usize> = (100..400).collect();
+        assert_eq!(cut(&run), [128, 128, 44]);
+        let scattered: Vec<usize> = (0..150).map(|i| i * 2).collect();
+        assert_eq!(cut(&scattered), [128, 22]);
+        let mixed = [&[9, 3, 5, 6], &run[..50], &[1, 2, 90]].concat();
+        assert_eq!(cut(&mixed), [4, 50, 3]);
+    }
+
+    #[test]
+    fn blocks_cover_the_slots_in_order() {
+        let mut slots = Vec::new();
+        for i in 0..200usize {
+            slots.extend((0..i % 23).map(|k| i * 1000 + k));
+        }
+        assert_eq!(blocks(&slots).collect::<Vec<_>>().concat(), slots);
+        assert!(blocks(&slots).all(|block| block.len() <= SLOTS));
+    }
+}
