@@ -96,6 +96,10 @@ impl Numbers {
         f64::from((radius * (std::f64::consts::TAU * self.uniform()).cos()) as f32)
     }
 
+    pub(crate) fn normals(&mut self, count: usize) -> Vec<f64> {
+        (0..count).map(|_| self.normal()).collect()
+    }
+
     pub(crate) fn tokens(&mut self, count: usize, width: usize) -> Tokens {
         (0..count)
             .map(|_| (0..width).map(|_| self.normal()).collect())

@@ -1,0 +1,537 @@
+//! The host's forms of the operations against the plain ones, on fresh random inputs at ragged sizes: outputs
+//! and the gradients of all operands, with and without dropout, in every type, and which form ran.
+
+#![cfg(feature = "flex")]
+
+mod common;
+
+use burn::tensor::{DType, FloatDType, Tensor, TensorData};
+use burn_autodiff::Autodiff;
+use burn_flex::{Flex, FlexDevice};
+use common::{Numbers, check, values};
+use mtla_core::{
+    attention::{AttentionConfig, AttentionInput},
+    cache::Cache,
+    ops::{
+        AttendOperands, AttendProblem, AttentionBackend, DecodeOperands, DecodeProblem, Dropout,
+        KeyValue, Keys, LaunchKind, SlotLayout, Visibility, launches, plain,
+    },
+    rope::{RotaryConfig, RotaryLayout},
+};
+use proptest::prelude::any;
+
+type Train = Autodiff<Flex>;
+
+/// Counters are of the whole process, so tests that read them don't run beside others.
+static ALONE: std::sync::Mutex<()> = std::sync::Mutex::new(());
+
+fn alone() -> std::sync::MutexGuard<'static, ()> {
+    ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// Which keys an attention has.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Form {
+    Tokens,
+    Columns,
+    Prefix,
+}
+
+/// A random problem and its operands as numbers.
+struct Case {
+    problem: AttendProblem,
+    form: Form,
+    tokens: usize,
+    shared: usize,
+    numbers: Numbers,
+}
+
+impl Case {
+    fn new(seed: u64, form: Form, dropout: bool) -> Self {
+        let mut n = Numbers::new(seed);
+        let mut pick = |low: usize, high: usize| low + (n.bits() as usize) % (high - low);
+        let (batch, kv_heads, group) = (pick(1, 4), pick(1, 4), pick(1, 4));
+        let (stride, queries) = (pick(1, 5), pick(1, 300));
+        let offsets: Vec<usize> = (0..batch).map(|_| pick(0, 40)).collect();
+        let lengths: Vec<usize> = (0..batch).map(|_| pick(0, queries + 1)).collect();
+        let last = offsets.iter().zip(&lengths).map(|(a, b)| a + b).max();
+        let tokens = last.expect("at least one row").max(1) + pick(0, 5);
+        let columns = match form {
+            Form::Prefix => pick(1, 300),
+            Form::Tokens | Form::Columns => tokens / stride,
+        };
+        let visibility = match form {
+            Form::Prefix => Visibility::Prefix {
+                lengths: (0..batch).map(|_| pick(0, columns + 1)).collect(),
+            },
+            _ => Visibility::Causal { stride, offsets },
+        };
+        let (key_width, value_width) = (pick(2, 40), pick(1, 40));
+        let problem = AttendProblem {
+            batch,
+            heads: kv_heads * group,
+            kv_heads,
+            queries,
+            columns,
+            self_term: form != Form::Prefix && stride > 1,
+            key_width,
+            value_width,
+            visibility,
+            lengths,
+            scale: (key_width as f64).powf(-0.5),
+            dropout: dropout.then(|| Dropout {
+                probability: 0.3,
+                seed,
+            }),
+        };
+        let shared = pick(0, key_width);
+        Self {
+            problem,
+            form,
+            tokens,
+            shared,
+            numbers: n,
+        }
+    }
+
+    fn draw(&mut self, shape: [usize; 4], dtype: DType) -> Tensor<Train, 4> {
+        let values = self.numbers.normals(shape.iter().product());
+        let data = TensorData::new(values, shape).convert_dtype(dtype);
+        Tensor::from_data(data, (&FlexDevice, dtype)).require_grad()
+    }
+
+    /// The operands, each a leaf of the graph; tensors lie token by token now and then, as in a model.
+    fn operands(&mut self, dtype: DType) -> AttendOperands<Train> {
+        let (b, h, g) = (self.problem.batch, self.problem.heads, self.problem.kv_heads);
+        let (kw, vw, shared) = (self.problem.key_width, self.problem.value_width, self.shared);
+        let queries = self.problem.queries;
+        let pair = |case: &mut Self, n: usize| KeyValue {
+            k: case.draw([b, g, n, kw - shared], dtype),
+            shared: (shared > 0).then(|| case.draw([b, 1, n, shared], dtype)),
+            v: case.draw([b, g, n, vw], dtype),
+        };
+        let keys = match self.form {
+            Form::Tokens => Keys::Tokens(pair(self, self.tokens)),
+            Form::Columns | Form::Prefix => Keys::Columns {
+                columns: (self.problem.columns > 0).then(|| pair(self, self.problem.columns)),
+                own: self.problem.self_term.then(|| pair(self, queries)),
+            },
+        };
+        AttendOperands {
+            q: self.draw([b, h, queries, kw], dtype),
+            keys,
+        }
+    }
+
+    /// 1 for the queries that count and see something, 0 for the others.
+    fn counts(&self, dtype: DType) -> Tensor<Train, 4> {
+        let p = &self.problem;
+        let [b, h, t] = [p.batch, p.heads, p.queries];
+        let seen = |row: usize, query: usize| match &p.visibility {
+            Visibility::Prefix { lengths } => lengths[row] > 0,
+            Visibility::Causal { .. } => query < p.lengths[row],
+        };
+        let values: Vec<f64> = (0..b * h * t)
+            .map(|i| {
+                let (row, query) = (i / (h * t), i % t);
+                f64::from(u8::from(query < p.lengths[row] && seen(row, query)))
+            })
+            .collect();
+        let data = TensorData::new(values, [b, h, t, 1]).convert_dtype(dtype);
+        Tensor::from_data(data, (&FlexDevice, dtype))
+    }
+}
+
+fn leaves(operands: &AttendOperands<Train>) -> Vec<Tensor<Train, 4>> {
+    let of = |kv: &KeyValue<Train>| {
+        let mut all = vec![kv.k.clone(), kv.v.clone()];
+        all.extend(kv.shared.clone());
+        all
+    };
+    let mut all = vec![operands.q.clone()];
+    match &operands.keys {
+        Keys::Tokens(kv) => all.extend(of(kv)),
+        Keys::Columns { columns, own } => all.extend(columns.iter().chain(own).flat_map(of)),
+    }
+    all
+}
+
+/// The output where it counts, and the gradients of all operands under a random cotangent.
+fn run(
+    operands: &AttendOperands<Train>,
+    case: &mut Case,
+    attend: impl Fn(AttendOperands<Train>, &AttendProblem) -> Tensor<Train, 4>,
+    cotangent: &Tensor<Train, 4>,
+) -> Vec<Vec<f64>> {
+    let counts = case.counts(operands.q.dtype());
+    let y = attend(operands.clone(), &case.problem);
+    let y = y.clone() * counts.expand(y.shape());
+    let grads = (y.clone() * cotangent.clone()).sum().backward();
+    let mut found = vec![values(y.inner())];
+    for leaf in leaves(operands) {
+        let grad = leaf.grad(&grads).map(values);
+        found.push(grad.unwrap_or_default());
+    }
+    found
+}
+
+#[track_caller]
+fn assert_close(found: &[Vec<f64>], expected: &[Vec<f64>], tolerance: f64, what: &str) {
+    for (i, (found, expected)) in found.iter().zip(expected).enumerate() {
+        // A gradient that nothing flows into may be missing on one side.
+        let zeros = vec![0.0; found.len().max(expected.len())];
+        let of = |x: &Vec<f64>| if x.is_empty() { zeros.clone() } else { x.clone() };
+        let (found, expected) = (of(found), of(expected));
+        assert_eq!(found.len(), expected.len());
+        let size = expected.iter().fold(1.0f64, |m, x| m.max(x.abs()));
+        for (a, b) in found.iter().zip(&expected) {
+            assert!(
+                (a - b).abs() <= tolerance * size,
+                "{what}: tensor {i}: {a}, expected {b} (largest {size})"
+            );
+        }
+    }
+}
+
+fn compare(form: Form, dropout: bool, dtype: DType, tolerance: f64) {
+    let cases = if dtype == DType::F32 { 48 } else { 16 };
+    check(cases, any::<u64>(), |seed| {
+        let mut case = Case::new(seed, form, dropout);
+        let operands = case.operands(dtype);
+        let p = &case.problem;
+        let shape = [p.batch, p.heads, p.queries, p.value_width];
+        let cotangent = case.draw(shape, dtype).detach();
+        let plain = run(&operands, &mut case, plain::attend, &cotangent);
+        let before = launches(LaunchKind::HostAttendBackward);
+        let host = run(&operands, &mut case, Train::attend, &cotangent);
+        assert!(launches(LaunchKind::HostAttendBackward) > before);
+        assert_close(&host, &plain, tolerance, &format!("{:?}", case.problem));
+    });
+}
+
+#[test]
+fn attention_is_the_plain_one() {
+    let _alone = alone();
+    for form in [Form::Tokens, Form::Columns, Form::Prefix] {
+        for dropout in [false, true] {
+            compare(form, dropout, DType::F32, 1e-5);
+            compare(form, dropout, DType::F64, 1e-12);
+        }
+    }
+}
+
+/// In 16 bits the operands are rounded and nothing else is until the end: the result is that of 32 bits from
+/// the rounded operands, rounded.
+#[test]
+fn half_precision_accumulates_in_32_bits() {
+    let _alone = alone();
+    for (dtype, half, unit) in [
+        (DType::F16, FloatDType::F16, 2.0f64.powi(-11)),
+        (DType::BF16, FloatDType::BF16, 2.0f64.powi(-8)),
+    ] {
+        check(12, any::<u64>(), |seed| {
+            let mut case = Case::new(seed, Form::Tokens, false);
+            let single = case.operands(DType::F32).inner_rounded(half);
+            let narrow = single.clone().cast(half);
+            assert_eq!(narrow.q.dtype(), dtype);
+            let found = Flex::attend(narrow, &case.problem);
+            assert_eq!(found.dtype(), dtype);
+            let counts = case.counts(DType::F32).inner();
+            let expected = plain::attend(single, &case.problem);
+            let masked = |x: Tensor<Flex, 4>| values(x.clone() * counts.clone().expand(x.shape()));
+            let found = masked(found.cast(FloatDType::F32));
+            assert_close(&[found], &[masked(expected)], 1.01 * unit + 1e-5, "rounded once");
+        });
+    }
+}
+
+trait Convert {
+    fn inner_rounded(self, to: FloatDType) -> AttendOperands<Flex>;
+}
+
+impl Convert for AttendOperands<Train> {
+    fn inner_rounded(self, to: FloatDType) -> AttendOperands<Flex> {
+        let round = |x: Tensor<Train, 4>| x.inner().cast(to).cast(FloatDType::F32);
+        let Keys::Tokens(kv) = self.keys else {
+            unreachable!()
+        };
+        AttendOperands {
+            q: round(self.q),
+            keys: Keys::Tokens(KeyValue {
+                k: round(kv.k),
+                shared: kv.shared.map(round),
+                v: round(kv.v),
+            }),
+        }
+    }
+}
+
+trait Cast {
+    fn cast(self, to: FloatDType) -> Self;
+}
+
+impl Cast for AttendOperands<Flex> {
+    fn cast(self, to: FloatDType) -> Self {
+        let Keys::Tokens(kv) = self.keys else {
+            unreachable!()
+        };
+        AttendOperands {
+            q: self.q.cast(to),
+            keys: Keys::Tokens(KeyValue {
+                k: kv.k.cast(to),
+                shared: kv.shared.map(|x| x.cast(to)),
+                v: kv.v.cast(to),
+            }),
+        }
+    }
+}
+
+/// The plain form's gradients, and with them the host's, are those of finite differences, in 64 bits.
+#[test]
+fn gradients_are_finite_differences() {
+    let _alone = alone();
+    check(8, any::<u64>(), |seed| {
+        let mut case = Case::new(seed, Form::Tokens, seed.is_multiple_of(2));
+        // Small: every number is moved in turn.
+        case.problem.queries = case.problem.queries.min(5);
+        let queries = case.problem.queries;
+        for length in &mut case.problem.lengths {
+            *length = (*length).min(queries);
+        }
+        let operands = case.operands(DType::F64);
+        let p = &case.problem;
+        let shape = [p.batch, p.heads, p.queries, p.value_width];
+        let cotangent = case.draw(shape, DType::F64).detach();
+        for attend in [plain::attend::<Train>, Train::attend] {
+            let found = run(&operands, &mut case, attend, &cotangent);
+            let mut moved = |change: f64, at: usize| {
+                let mut q = operands.q.clone().inner().into_data();
+                q.as_mut_slice::<f64>().expect("64 bits")[at] += change;
+                let q = Tensor::from_data(q, (&FlexDevice, DType::F64));
+                let moved = AttendOperands {
+                    q: Tensor::from_inner(q).require_grad(),
+                    keys: operands.keys.clone(),
+                };
+                let y = &run(&moved, &mut case, attend, &cotangent)[0];
+                let weights = values(cotangent.clone().inner());
+                y.iter().zip(weights).map(|(y, w)| y * w).sum::<f64>()
+            };
+            let size = operands.q.dims().iter().product::<usize>();
+            for at in (0..size).step_by(size.div_ceil(12)) {
+                let difference = (moved(1e-5, at) - moved(-1e-5, at)) / 2e-5;
+                let gradient = found[1].get(at).copied().unwrap_or(0.0);
+                assert!(
+                    (gradient - difference).abs() < 1e-7 * difference.abs().max(1.0),
+                    "{gradient} is not {difference}"
+                );
+            }
+        }
+    });
+}
+
+#[test]
+fn rotation_is_the_plain_one() {
+    check(48, any::<u64>(), |seed| {
+        let mut n = Numbers::new(seed);
+        let mut pick = |low: usize, high: usize| low + (n.bits() as usize) % (high - low);
+        let [rows, tokens, heads] = [pick(1, 4), pick(1, 60), pick(1, 5)];
+        let (first, dim) = (pick(0, 9), 2 * pick(1, 9));
+        let rope = RotaryConfig {
+            layout: if seed.is_multiple_of(2) {
+                RotaryLayout::Interleaved
+            } else {
+                RotaryLayout::HalfSplit
+            },
+            ..RotaryConfig::default()
+        };
+        let lists = if pick(0, 2) == 0 { 1 } else { rows };
+        let positions: Vec<Vec<usize>> = (0..lists)
+            .map(|_| (0..tokens).map(|_| pick(0, 5000)).collect())
+            .collect();
+        let shape = [rows, tokens, heads, first + dim];
+        for (dtype, tolerance) in [(DType::F32, 1e-5), (DType::F64, 1e-12)] {
+            let draw = |n: &mut Numbers| {
+                let data = TensorData::new(n.normals(shape.iter().product()), shape).convert_dtype(dtype);
+                Tensor::<Train, 4>::from_data(data, (&FlexDevice, dtype))
+            };
+            let (x, cotangent) = (draw(&mut n).require_grad(), draw(&mut n));
+            let rotary = rope.rotary::<Train>(dim, &positions, dtype, &FlexDevice);
+            let results = [plain::rotate::<Train>, Train::rotate].map(|rotate| {
+                let y = rotate(x.clone(), &rotary, first);
+                let grads = (y.clone() * cotangent.clone()).sum().backward();
+                [values(y.inner()), values(x.grad(&grads).expect("a gradient"))]
+            });
+            assert_close(&results[1], &results[0], tolerance, "rotation");
+            // What it is given stays as it was, though it works in place where it can.
+            let before = values(x.clone().inner());
+            let _ = Train::rotate(x.clone(), &rotary, first);
+            assert_eq!(values(x.inner()), before);
+        }
+    });
+}
+
+#[test]
+fn gate_and_merge_is_the_plain_one() {
+    check(48, any::<u64>(), |seed| {
+        let mut n = Numbers::new(seed);
+        let mut pick = |low: usize, high: usize| low + (n.bits() as usize) % (high - low);
+        let [batch, tokens, rank, stride] = [pick(1, 4), pick(1, 90), pick(4, 40), pick(1, 6)];
+        let gates = tokens.div_ceil(stride) + pick(0, 3);
+        for (dtype, tolerance) in [(DType::F32, 1e-5), (DType::F64, 1e-12)] {
+            let mut draw = |shape: &[usize]| {
+                let values = n.normals(shape.iter().product());
+                TensorData::new(values, shape.to_vec()).convert_dtype(dtype)
+            };
+            let place = (&FlexDevice, dtype);
+            let latents = Tensor::<Train, 3>::from_data(draw(&[batch, tokens, rank]), place);
+            let cotangent = Tensor::<Train, 3>::from_data(draw(&[batch, tokens, rank]), place);
+            let table = Tensor::<Train, 2>::from_data(draw(&[gates, rank + 1]), place);
+            let (latents, table) = (latents.require_grad(), table.require_grad());
+            let results = [plain::gate_and_merge::<Train>, Train::gate_and_merge].map(|merge| {
+                let y = merge(latents.clone(), table.clone(), stride);
+                let grads = (y.clone() * cotangent.clone()).sum().backward();
+                let grad = |x: Option<Tensor<Flex, 3>>| values(x.expect("a gradient"));
+                vec![
+                    values(y.inner()),
+                    grad(latents.grad(&grads)),
+                    values(table.grad(&grads).expect("a gradient")),
+                ]
+            });
+            assert_close(&results[1], &results[0], tolerance, "gate and merge");
+        }
+    });
+}
+
+/// A step over random tables: shared and scattered slots, long runs, open and new slots.
+#[test]
+fn decoding_is_the_plain_one() {
+    let _alone = alone();
+    check(64, any::<u64>(), |seed| {
+        let mut n = Numbers::new(seed);
+        let mut pick = |low: usize, high: usize| low + (n.bits() as usize) % (high - low);
+        let (kv_heads, group) = (pick(1, 4), pick(1, 5));
+        let latent = pick(0, 3) > 0;
+        let layout = if latent {
+            SlotLayout::Latent {
+                rank: pick(4, 40),
+                rope_dim: pick(0, 9),
+            }
+        } else {
+            SlotLayout::Dense {
+                kv_heads,
+                head_dim: pick(1, 20),
+            }
+        };
+        let heads = group * layout.kv_heads();
+        let (stride, rows) = (if latent { pick(1, 5) } else { 1 }, pick(1, 6));
+        let starts: Vec<usize> = (0..rows).map(|_| pick(0, 400)).collect();
+        let max_slots = starts.iter().map(|s| s / stride + 1).max().unwrap_or(1) + pick(0, 3);
+        let prefix = pick(0, max_slots);
+        let total = prefix + rows * max_slots;
+        let mut table = Vec::new();
+        for (row, start) in starts.iter().enumerate() {
+            let used = start / stride + 1;
+            table.push(*start as i64);
+            // A shared prefix in one run, then slots of its own in leaps; the newest one is always its own.
+            let own = |i: usize| prefix + row + rows * i;
+            let slot = |i: usize| if i < prefix && i + 1 < used { i } else { own(i) };
+            let line: Vec<i64> = (0..used).map(|i| slot(i) as i64).collect();
+            table.extend(&line);
+            table.extend(std::iter::repeat_n(line[used - 1], max_slots - used));
+        }
+        let gates = latent && stride > 1;
+        let chunks = max_slots;
+        let types = [
+            (DType::F32, DType::F32, 1e-5),
+            (DType::F64, DType::F64, 1e-12),
+            (DType::F32, DType::F16, 1e-3),
+            (DType::F32, DType::BF16, 1e-2),
+        ];
+        for (dtype, stored, tolerance) in types {
+            let mut draw = |shape: [usize; 2], dtype: DType| {
+                let data = TensorData::new(n.normals(shape[0] * shape[1]), shape);
+                Tensor::<Flex, 2>::from_data(data.convert_dtype(dtype), (&FlexDevice, dtype))
+            };
+            let (width, key) = (layout.width(), layout.key_width());
+            let operands = DecodeOperands {
+                q: draw([rows, heads * key], dtype).reshape([rows, heads, key]),
+                row: draw([rows, width], dtype),
+                gates: gates.then(|| draw([chunks, layout.value_width() + 1], dtype)),
+                pool: draw([total, width], stored),
+                table: Tensor::from_data(
+                    TensorData::new(table.clone(), [rows, 1 + max_slots]),
+                    &FlexDevice,
+                ),
+            };
+            let problem = DecodeProblem {
+                heads,
+                layout,
+                stride,
+                starts: starts.clone(),
+                max_slots,
+                scale: (key as f64).powf(-0.5),
+            };
+            let (expected, expected_pool) = plain::decode(operands.clone(), &problem);
+            let before = launches(LaunchKind::HostDecode);
+            let (found, pool) = Flex::decode(operands, &problem);
+            assert_eq!(launches(LaunchKind::HostDecode), before + 1);
+            let (found, expected) = (values(found), values(expected));
+            assert_close(&[found], &[expected], tolerance, "output");
+            assert_eq!(pool.dtype(), stored);
+            assert_close(&[values(pool)], &[values(expected_pool)], tolerance, "pool");
+        }
+    });
+}
+
+/// Every variant trains, prefills and decodes through the host's operations, with dropout too.
+#[test]
+fn every_variant_takes_the_fast_path() {
+    let _alone = alone();
+    let variants = [
+        AttentionConfig::mha(32, 4),
+        AttentionConfig::mqa(32, 4),
+        AttentionConfig::gqa(32, 4, 2),
+        AttentionConfig::mla(32, 4),
+        AttentionConfig::mtla(32, 4),
+        AttentionConfig::mtla(32, 4).with_down_rate(3),
+    ];
+    let counts = || {
+        [
+            launches(LaunchKind::HostAttend),
+            launches(LaunchKind::HostAttendBackward),
+            launches(LaunchKind::HostDecode),
+        ]
+    };
+    let ran = |work: &dyn Fn()| {
+        let before = counts();
+        work();
+        let after = counts();
+        [0, 1, 2].map(|i| after[i] - before[i])
+    };
+    for config in variants {
+        let config = config.with_dropout(0.2);
+        for seed in [None, Some(5)] {
+            let layer = config.init::<Train>(&FlexDevice).unwrap();
+            let x = Tensor::<Train, 3>::ones([2, 9, 32], &FlexDevice).require_grad();
+            let trained = ran(&|| {
+                let input = AttentionInput::new(x.clone())
+                    .with_lengths(vec![9, 4])
+                    .with_dropout_seed(seed);
+                layer.forward(input).context.sum().backward();
+            });
+            assert_eq!(trained, [1, 1, 0], "{config:?}");
+        }
+        let layer = config.init::<Flex>(&FlexDevice).unwrap();
+        let cached = ran(&|| {
+            let mut cache = Cache::new(layer.cache_spec(), 1, &FlexDevice);
+            cache.join(2);
+            let plan = cache.extend(&[0, 1], &[5, 3]);
+            let x = Tensor::<Flex, 3>::ones([2, 5, 32], &FlexDevice);
+            layer.prefill(x, &plan, cache.layer_mut(0));
+            let plan = cache.step(&[0, 1]);
+            let x = Tensor::<Flex, 2>::ones([2, 32], &FlexDevice);
+            layer.step(x, &plan, cache.layer_mut(0));
+        });
+        assert_eq!(cached, [1, 0, 1], "{config:?}");
+    }
+}
