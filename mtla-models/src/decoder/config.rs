@@ -199,8 +199,9 @@ impl DecoderConfig {
     /// A decoder with fresh weights, drawn now from the backend's random numbers (after [`Backend::seed`]
     /// the same ones again).
     ///
-    /// A matrix has the standard deviation `1/√(3 · inputs)`, which at 768 inputs is GPT-2's 0.02, and the
-    /// embedding `1/√(3 · d_model)`. The last matrix of each sublayer is smaller by `√(2 · n_layers)`, so
+    /// A matrix has the standard deviation `1/√(3 · inputs)`, which at 768 inputs is GPT-2's 0.02. The
+    /// embedding has `1/√(3 · d_model)` where it is the head's weight too, and else 1, so that a token stands
+    /// out from what the first layers add to it. The last matrix of each sublayer is smaller by `√(2 · n_layers)`, so
     /// that the residual stream does not grow with depth (Radford et al. 2019, §2.3).
     ///
     /// # Errors
@@ -210,7 +211,11 @@ impl DecoderConfig {
         let (d_model, vocab_size) = (self.d_model(), self.vocab_size);
         let layers: Result<Vec<_>, ConfigError> =
             (0..self.n_layers).map(|_| self.layer(device)).collect();
-        let std = (3.0 * d_model as f64).powf(-0.5);
+        let std = if self.tie_embeddings {
+            (3.0 * d_model as f64).powf(-0.5)
+        } else {
+            1.0
+        };
         let decoder = Decoder {
             embedding: EmbeddingConfig::new(vocab_size, d_model)
                 .with_initializer(Initializer::Normal { mean: 0.0, std })

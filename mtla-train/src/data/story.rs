@@ -8,12 +8,12 @@
 //!
 //! ```text
 //! One cold morning Mia was in the kitchen. Tom was in the garden. There was a lamp in the garden.
-//! Mia went to the garden and took the lamp. Then Tom walked to the attic.
-//! Where is the lamp? The lamp is in the garden.
-//! Who has the lamp? Mia has the lamp.
+//! Mia went to the garden and took the lamp. Then Tom left the garden and walked to the attic.
+//! Where is the lamp? In the garden.
+//! Who has the lamp? Mia.
 //! ```
 //!
-//! The words are few (about 90), so a small model is fluent within minutes, and what is left to
+//! The words are few (about 80), so a small model is fluent within minutes, and what is left to
 //! learn is the state: who holds what, and where. That takes a memory, since the sentence that
 //! settles an answer may stand anywhere in the story. A model of the last few words alone can spell,
 //! but it cannot answer; the questions measure exactly this difference.
@@ -83,7 +83,7 @@ pub struct Story {
 pub struct Question {
     /// The question, such as `Where is the lamp?`.
     pub question: String,
-    /// Its answer as a sentence, such as `The lamp is in the kitchen.`.
+    /// Its answer, such as `In the kitchen.` or `Mia.`.
     pub answer: String,
     /// The one word of the answer that has to be known, such as `kitchen`.
     pub key: String,
@@ -150,11 +150,13 @@ mod tests {
             match words[..] {
                 ["There", "was" | "lay", "a", thing, "in", place] => self.put(thing, place),
                 [who, "had", "a", thing] => self.get(who, thing),
-                [who, "was", "in", place] | [who, "went" | "ran" | "walked", "to", place] => {
+                [who, "was", "in", place] => self.go(who, place),
+                [who, "left", here, "and", "went" | "ran" | "walked", "to", place] => {
+                    assert_eq!(self.places[who], here, "{sentence}");
                     self.go(who, place);
                 }
-                [a, "and", b, "went" | "walked", "to", place] => {
-                    assert_eq!(self.places[a], self.places[b], "{sentence}");
+                [a, "and", b, "left", here, "and", "went" | "walked", "to", place] => {
+                    assert_eq!([self.places[a], self.places[b]], [here, here], "{sentence}");
                     self.go(a, place);
                     self.go(b, place);
                 }
@@ -170,21 +172,25 @@ mod tests {
                     self.go(who, place);
                     self.give(who, whom, thing);
                 }
-                [who, "carried" | "took", thing, "to", place] => {
+                [who, "carried" | "took", thing, "from", here, "to", place] => {
                     assert_eq!(self.holders[thing], who, "{sentence}");
+                    assert_eq!(self.places[who], here, "{sentence}");
                     self.go(who, place);
                 }
-                [who, "picked", "up", thing, "in", place] | [who, "found", thing, "in", place] => {
+                [who, "picked", "up", thing, "in", place]
+                | [who, "found" | "took", thing, "in", place] => {
                     assert_eq!(self.places[thing], place, "{sentence}");
                     self.go(who, place);
                     self.take(who, thing);
                 }
-                [who, "picked", "up", thing] | [who, "took", thing] => self.take(who, thing),
                 [who, "left" | "lost", thing, "in", place] => {
                     assert_eq!(self.place(who), place, "{sentence}");
                     self.drop(who, thing);
                 }
-                [who, "gave" | "handed", whom, thing] => self.give(who, whom, thing),
+                [who, "gave" | "handed", whom, thing, "in", place] => {
+                    assert_eq!(self.place(who), place, "{sentence}");
+                    self.give(who, whom, thing);
+                }
                 [who, "still", "had", thing] => assert_eq!(self.holders[thing], who, "{sentence}"),
                 ["The", what, "was", "still", "in", place]
                 | [what, "was", "still", "in", place] => {
@@ -232,15 +238,15 @@ mod tests {
             match words[..] {
                 ["Where", "is", "the", what] => {
                     let place = self.place(what);
-                    Some((place, format!("The {what} is in the {place}.")))
+                    Some((place, format!("In the {place}.")))
                 }
                 ["Where", "is", who] => {
                     let place = self.place(who);
-                    Some((place, format!("{who} is in the {place}.")))
+                    Some((place, format!("In the {place}.")))
                 }
                 ["Who", "has", "the", what] => {
                     let who = *self.holders.get(what)?;
-                    Some((who, format!("{who} has the {what}.")))
+                    Some((who, format!("{who}.")))
                 }
                 _ => None,
             }
@@ -316,16 +322,16 @@ mod tests {
     #[test]
     fn stories_stay_what_they_were() {
         // What was trained on one machine is evaluated on another.
-        let expected = "One windy evening Iris was in the park. Finn was in the park. Rosa was in the \
-            park. There was a bell in the forest. There was a ball in the cave. Finn had a ring. Then \
-            Iris picked up the bell in the forest. Finn left the ring in the park. Iris went to the \
-            barn. Finn and Rosa walked to the forest. Soon Iris went to the cave and left the bell \
-            there.\n\
-            Where is the ball? The ball is in the cave.\n\
-            Where is the bell? The bell is in the cave.\n\
-            Where is the ring? The ring is in the park.\n\
-            Where is Iris? Iris is in the cave.\n\
-            Where is Finn? Finn is in the forest.";
+        let expected = "One windy evening Finn was in the market. Ben was in the market. Tom was in \
+            the market. There was a bell in the tower. There was a ball in the cave. Ben had a map. \
+            Then Finn picked up the bell in the tower. Ben left the map in the market. Finn left the \
+            tower and went to the attic. Ben and Tom left the market and walked to the tower. Soon Finn \
+            went to the cave and left the bell there.\n\
+            Where is the ball? In the cave.\n\
+            Where is the bell? In the cave.\n\
+            Where is the map? In the market.\n\
+            Where is Finn? In the cave.\n\
+            Where is Ben? In the tower.";
         assert_eq!(StoryWorld::new(1).story(0).render(), expected);
     }
 

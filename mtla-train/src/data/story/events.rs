@@ -2,7 +2,9 @@
 //!
 //! Each event looks for people and things that it fits, tells it, and changes the state to what the
 //! sentence says. A subject stands before what is said of it: who has a thing before the thing, and a
-//! thing before the place where it is, so that a reader finds the answers with few rules.
+//! thing before the place where it is, so that a reader finds the answers with few rules. And sentences say
+//! again what the reader can know (where somebody comes from, where a thing changes hands): each of them is a
+//! question that the story answers itself.
 
 use super::teller::{Person, Teller, Thing, Told};
 use rand::RngExt;
@@ -26,10 +28,12 @@ pub(super) const EVENTS: [(Event, u32); 9] = [
 impl Teller {
     fn walk(&mut self) -> Option<()> {
         let who = self.some_walker()?;
-        let Person { name, place, .. } = self.people[who];
-        let place = self.elsewhere(place);
+        let Person {
+            name, place: here, ..
+        } = self.people[who];
+        let place = self.elsewhere(here);
         let went = self.pick(&["went", "ran", "walked"]);
-        let told = self.then(&format!("{name} {went} to the {place}"));
+        let told = self.then(&format!("{name} left the {here} and {went} to the {place}"));
         self.arrive(who, place, told);
         Some(())
     }
@@ -38,9 +42,11 @@ impl Teller {
         let who = self.some_walker()?;
         let Person { name, place, .. } = self.people[who];
         let whom = self.companion(who, place)?;
-        let (other, place) = (self.people[whom].name, self.elsewhere(place));
+        let (other, here, place) = (self.people[whom].name, place, self.elsewhere(place));
         let went = self.pick(&["went", "walked"]);
-        let told = self.then(&format!("{name} and {other} {went} to the {place}"));
+        let told = self.then(&format!(
+            "{name} and {other} left the {here} and {went} to the {place}"
+        ));
         self.arrive(who, place, told);
         self.arrive(whom, place, told);
         Some(())
@@ -84,9 +90,11 @@ impl Teller {
         let what = self.some_thing(|t| t.holder.is_some())?;
         let who = self.things[what].holder?;
         let (Person { name, place, .. }, thing) = (&self.people[who], self.things[what].name);
-        let (name, place) = (*name, self.elsewhere(place));
+        let (name, here, place) = (*name, *place, self.elsewhere(place));
         let carried = self.pick(&["carried", "took"]);
-        let told = self.then(&format!("{name} {carried} the {thing} to the {place}"));
+        let told = self.then(&format!(
+            "{name} {carried} the {thing} from the {here} to the {place}"
+        ));
         self.arrive(who, place, told);
         self.hold(who, what, told);
         self.locate(what, told);
@@ -128,8 +136,11 @@ impl Teller {
             return None;
         }
         let took = self.pick(&["picked up", "took"]);
-        let told = self.then(&format!("{} {took} the {thing}", self.people[who].name));
+        let name = self.people[who].name;
+        let told = self.then(&format!("{name} {took} the {thing} in the {place}"));
         self.hold(who, what, told);
+        self.arrive(who, place, told);
+        self.locate(what, told);
         Some(())
     }
 
@@ -153,8 +164,11 @@ impl Teller {
         let whom = self.companion(who, place)?;
         let (other, thing) = (self.people[whom].name, self.things[what].name);
         let gave = self.pick(&["gave", "handed"]);
-        let told = self.then(&format!("{name} {gave} {other} the {thing}"));
+        let told = self.then(&format!("{name} {gave} {other} the {thing} in the {place}"));
         self.hold(whom, what, told);
+        self.arrive(who, place, told);
+        self.arrive(whom, place, told);
+        self.locate(what, told);
         Some(())
     }
 

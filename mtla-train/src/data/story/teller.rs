@@ -8,17 +8,14 @@ use rand::{RngExt, seq::IndexedRandom};
 use rand_chacha::ChaCha8Rng;
 use std::ops::Range;
 
-const PEOPLE: [&str; 16] = [
-    "Ada", "Ben", "Clara", "Finn", "Hugo", "Iris", "Jack", "Leo", "Lucy", "Max", "Mia", "Nora",
-    "Oscar", "Rosa", "Tom", "Zoe",
+const PEOPLE: [&str; 10] = [
+    "Ada", "Ben", "Clara", "Finn", "Iris", "Leo", "Mia", "Nora", "Tom", "Zoe",
 ];
-const PLACES: [&str; 14] = [
-    "attic", "barn", "cave", "cellar", "forest", "garden", "harbour", "kitchen", "library",
-    "market", "mill", "park", "school", "tower",
+const PLACES: [&str; 10] = [
+    "attic", "barn", "cave", "cellar", "forest", "garden", "kitchen", "market", "mill", "tower",
 ];
-const THINGS: [&str; 16] = [
-    "ball", "basket", "bell", "book", "coin", "cup", "drum", "hat", "key", "kite", "lamp",
-    "letter", "map", "ring", "rope", "spoon",
+const THINGS: [&str; 10] = [
+    "ball", "bell", "book", "coin", "drum", "hat", "key", "lamp", "map", "ring",
 ];
 const WEATHERS: [&str; 6] = ["bright", "cold", "foggy", "rainy", "warm", "windy"];
 const TIMES: [&str; 4] = ["afternoon", "day", "evening", "morning"];
@@ -286,7 +283,7 @@ impl Teller {
             ..
         } in &self.things
         {
-            let answer = format!("The {name} is in the {place}.");
+            let answer = format!("In the {place}.");
             add(
                 3,
                 format!("Where is the {name}?"),
@@ -296,7 +293,7 @@ impl Teller {
             );
             if let Some(who) = holder {
                 let who = self.people[who].name;
-                let answer = format!("{who} has the {name}.");
+                let answer = format!("{who}.");
                 add(3, format!("Who has the {name}?"), answer, who, holder_told);
             }
         }
@@ -306,7 +303,7 @@ impl Teller {
             place_told,
         } in &self.people
         {
-            let answer = format!("{name} is in the {place}.");
+            let answer = format!("In the {place}.");
             add(2, format!("Where is {name}?"), answer, place, place_told);
         }
         candidates
