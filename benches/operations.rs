@@ -9,9 +9,7 @@ use burn_autodiff::Autodiff;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use mtla_benches::{HEADS, input};
 use mtla_core::{
-    ops::{
-        AttendOperands, AttendProblem, AttentionBackend, KeyValue, Keys, Visibility, plain,
-    },
+    ops::{AttendOperands, AttendProblem, AttentionBackend, KeyValue, Keys, Visibility, plain},
     testing::backends,
 };
 
@@ -67,14 +65,14 @@ fn check<B: AttentionBackend>(stride: usize, device: &B::Device) {
     let [plain, own] = forms.map(|attend| {
         let y = attend(operands.clone(), &problem);
         let grads = (y.clone() * y.clone()).sum().backward();
-        let grads = leaves.each_ref().map(|x| x.grad(&grads).expect("a gradient"));
+        let grads = leaves
+            .each_ref()
+            .map(|x| x.grad(&grads).expect("a gradient"));
         [vec![y.inner()], grads.to_vec()].concat()
     });
     for (own, plain) in own.into_iter().zip(plain) {
-        own.into_data().assert_approx_eq::<f32>(
-            &plain.into_data(),
-            Tolerance::rel_abs(1e-3, 1e-3),
-        );
+        own.into_data()
+            .assert_approx_eq::<f32>(&plain.into_data(), Tolerance::rel_abs(1e-3, 1e-3));
     }
 }
 

@@ -115,7 +115,9 @@ fn peak() -> anyhow::Result<u64> {
 }
 
 fn main() -> anyhow::Result<()> {
-    let case = std::env::args().nth(1).context("usage: peer-layer CASE.json")?;
+    let case = std::env::args()
+        .nth(1)
+        .context("usage: peer-layer CASE.json")?;
     let mut layer = Layer::load(Path::new(&case));
     let mut stdout = std::io::stdout();
     for line in std::io::stdin().lock().lines() {

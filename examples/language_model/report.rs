@@ -40,6 +40,8 @@ struct Perplexity {
 struct Bucket {
     distance: String,
     right: usize,
+    /// Of them right by naming what was named last.
+    right_by_guess: usize,
     asked: usize,
 }
 
@@ -113,16 +115,20 @@ impl Report {
         println!("  5-gram              {five_gram:>9.3}");
         println!("  unigram             {unigram:>9.3}");
         if !self.answers.is_empty() {
-            println!("answers, by tokens since the evidence");
+            println!(
+                "answers, by tokens since the evidence; beside them: naming what was named last"
+            );
         }
         for Bucket {
             distance,
             right,
+            right_by_guess,
             asked,
         } in &self.answers
         {
-            let share = 100.0 * *right as f64 / (*asked).max(1) as f64;
-            println!("  {distance:<18} {share:>9.1}%  ({right} of {asked})");
+            let share = |n: usize| 100.0 * n as f64 / (*asked).max(1) as f64;
+            let (model, guess) = (share(*right), share(*right_by_guess));
+            println!("  {distance:<18} {model:>9.1}%  {guess:>5.1}%  ({right} of {asked})");
         }
     }
 }
@@ -144,6 +150,7 @@ fn buckets(answers: &[Answer]) -> Vec<Bucket> {
             Bucket {
                 distance: format!("{name}{limits}"),
                 right: asked.iter().filter(|answer| answer.is_correct()).count(),
+                right_by_guess: asked.iter().filter(|x| x.guess == x.expected).count(),
                 asked: asked.len(),
             }
         })

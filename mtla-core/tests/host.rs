@@ -26,7 +26,9 @@ type Train = Autodiff<Flex>;
 static ALONE: std::sync::Mutex<()> = std::sync::Mutex::new(());
 
 fn alone() -> std::sync::MutexGuard<'static, ()> {
-    ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    ALONE
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
 /// Which keys an attention has.
@@ -102,8 +104,16 @@ impl Case {
 
     /// The operands, each a leaf of the graph; tensors lie token by token now and then, as in a model.
     fn operands(&mut self, dtype: DType) -> AttendOperands<Train> {
-        let (b, h, g) = (self.problem.batch, self.problem.heads, self.problem.kv_heads);
-        let (kw, vw, shared) = (self.problem.key_width, self.problem.value_width, self.shared);
+        let (b, h, g) = (
+            self.problem.batch,
+            self.problem.heads,
+            self.problem.kv_heads,
+        );
+        let (kw, vw, shared) = (
+            self.problem.key_width,
+            self.problem.value_width,
+            self.shared,
+        );
         let queries = self.problem.queries;
         let pair = |case: &mut Self, n: usize| KeyValue {
             k: case.draw([b, g, n, kw - shared], dtype),
@@ -180,7 +190,13 @@ fn assert_close(found: &[Vec<f64>], expected: &[Vec<f64>], tolerance: f64, what:
     for (i, (found, expected)) in found.iter().zip(expected).enumerate() {
         // A gradient that nothing flows into may be missing on one side.
         let zeros = vec![0.0; found.len().max(expected.len())];
-        let of = |x: &Vec<f64>| if x.is_empty() { zeros.clone() } else { x.clone() };
+        let of = |x: &Vec<f64>| {
+            if x.is_empty() {
+                zeros.clone()
+            } else {
+                x.clone()
+            }
+        };
         let (found, expected) = (of(found), of(expected));
         assert_eq!(found.len(), expected.len());
         let size = expected.iter().fold(1.0f64, |m, x| m.max(x.abs()));
@@ -240,7 +256,12 @@ fn half_precision_accumulates_in_32_bits() {
             let expected = plain::attend(single, &case.problem);
             let masked = |x: Tensor<Flex, 4>| values(x.clone() * counts.clone().expand(x.shape()));
             let found = masked(found.cast(FloatDType::F32));
-            assert_close(&[found], &[masked(expected)], 1.01 * unit + 1e-5, "rounded once");
+            assert_close(
+                &[found],
+                &[masked(expected)],
+                1.01 * unit + 1e-5,
+                "rounded once",
+            );
         });
     }
 }
@@ -351,7 +372,8 @@ fn rotation_is_the_plain_one() {
         let shape = [rows, tokens, heads, first + dim];
         for (dtype, tolerance) in [(DType::F32, 1e-5), (DType::F64, 1e-12)] {
             let draw = |n: &mut Numbers| {
-                let data = TensorData::new(n.normals(shape.iter().product()), shape).convert_dtype(dtype);
+                let data =
+                    TensorData::new(n.normals(shape.iter().product()), shape).convert_dtype(dtype);
                 Tensor::<Train, 4>::from_data(data, (&FlexDevice, dtype))
             };
             let (x, cotangent) = (draw(&mut n).require_grad(), draw(&mut n));
@@ -359,7 +381,10 @@ fn rotation_is_the_plain_one() {
             let results = [plain::rotate::<Train>, Train::rotate].map(|rotate| {
                 let y = rotate(x.clone(), &rotary, first);
                 let grads = (y.clone() * cotangent.clone()).sum().backward();
-                [values(y.inner()), values(x.grad(&grads).expect("a gradient"))]
+                [
+                    values(y.inner()),
+                    values(x.grad(&grads).expect("a gradient")),
+                ]
             });
             assert_close(&results[1], &results[0], tolerance, "rotation");
             // What it is given stays as it was, though it works in place where it can.
@@ -434,7 +459,13 @@ fn decoding_is_the_plain_one() {
             table.push(*start as i64);
             // A shared prefix in one run, then slots of its own in leaps; the newest one is always its own.
             let own = |i: usize| prefix + row + rows * i;
-            let slot = |i: usize| if i < prefix && i + 1 < used { i } else { own(i) };
+            let slot = |i: usize| {
+                if i < prefix && i + 1 < used {
+                    i
+                } else {
+                    own(i)
+                }
+            };
             let line: Vec<i64> = (0..used).map(|i| slot(i) as i64).collect();
             table.extend(&line);
             table.extend(std::iter::repeat_n(line[used - 1], max_slots - used));

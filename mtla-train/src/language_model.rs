@@ -9,6 +9,8 @@ use mtla_core::ops::AttentionBackend;
 use mtla_models::decoder::{Decoder, DecoderInput};
 use mtla_models::generate::{GenerationConfig, GenerationError, LanguageModel, generate};
 
+#[cfg(doc)]
+use crate::data::story::Question;
 use crate::data::story::Story;
 use crate::data::vocabulary::{Vocabulary, VocabularyError};
 use crate::data::{Batches, BlockError, Packing, TextBatch, TextBatcher, TokenBlocks};
@@ -71,6 +73,8 @@ pub struct Answer {
     pub given: String,
     /// What it should have written.
     pub expected: String,
+    /// What a reader would have written who names what was named last; see [`Question::guess`].
+    pub guess: String,
     /// Tokens between the sentence that settles the answer and the answer.
     pub distance: usize,
     /// Facts that have to be joined.
@@ -134,6 +138,7 @@ pub fn answer<B: AttentionBackend>(
             answers.push(Answer {
                 given: line.trim().to_owned(),
                 expected: question.answer.clone(),
+                guess: question.guess(&story.prompt(*i)),
                 distance: vocabulary.encode(since).len(),
                 hops: question.hops,
             });

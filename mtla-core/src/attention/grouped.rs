@@ -15,8 +15,8 @@ use super::{
 use crate::{
     cache::{CacheSpec, LayerPool, PrefillPlan, StepPlan},
     ops::{
-        AttendOperands, AttendProblem, AttentionBackend, DecodeOperands, DecodeProblem, KeyValue, Keys,
-        SlotLayout, Visibility, plain,
+        AttendOperands, AttendProblem, AttentionBackend, DecodeOperands, DecodeProblem, KeyValue,
+        Keys, SlotLayout, Visibility, plain,
     },
     rope::{Rotary, RotaryConfig},
 };

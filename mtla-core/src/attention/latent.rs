@@ -124,7 +124,11 @@ impl<B: AttentionBackend> LatentAttention<B> {
         let [batch, tokens, _] = x.dims();
         let width = self.nope + self.rope_dim;
         let q = self.wq.forward(x);
-        B::rotate(q.reshape([batch, tokens, self.n_heads, width]), rotary, self.nope)
+        B::rotate(
+            q.reshape([batch, tokens, self.n_heads, width]),
+            rotary,
+            self.nope,
+        )
     }
 
     /// Normalised latents and rotated keys of `x [batch, tokens, d_model]`, before any gate.
@@ -162,9 +166,9 @@ impl<B: AttentionBackend> LatentAttention<B> {
             dropout(self.dropout, input.dropout_seed),
         );
         let bias = input.bias(&span, self.stride, self.stride > 1);
-        let (heads, weights) = self
-            .wkv_b
-            .attend(q, LatentKeys::Tokens(latents), problem, bias, input.weights);
+        let (heads, weights) =
+            self.wkv_b
+                .attend(q, LatentKeys::Tokens(latents), problem, bias, input.weights);
         AttentionOutput {
             context: project(&self.wo, join_heads(heads)),
             weights: weights.map(|w| weights_by_token(w, &span, self.stride)),

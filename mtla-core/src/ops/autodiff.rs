@@ -35,8 +35,13 @@ pub(super) fn attend<B: AttentionBackend, C: CheckpointStrategy>(
     });
     let backward = move |grad| {
         let (inner, forward) = (inner.clone(), forward.clone());
-        parts((native.attend_backward)(inner, &problem, forward, tensor(grad)))
-            .map(|grad| grad.map(primitive))
+        parts((native.attend_backward)(
+            inner,
+            &problem,
+            forward,
+            tensor(grad),
+        ))
+        .map(|grad| grad.map(primitive))
     };
     tensor(record::<B, C, 7>(parents, |_| out, backward))
 }

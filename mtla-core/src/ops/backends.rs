@@ -84,10 +84,10 @@ mod flex {
     use burn::tensor::{DType, Element, TensorPrimitive};
     use burn_flex::{Flex, FlexTensor};
 
+    use super::Rotary;
     use super::{
         AttendOperands, AttendProblem, AttentionBackend, DecodeOperands, DecodeProblem, Int, Tensor,
     };
-    use super::Rotary;
     use crate::ops::{Derivatives, host};
 
     impl AttentionBackend for Flex {

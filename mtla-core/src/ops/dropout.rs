@@ -67,7 +67,11 @@ impl DropoutRow {
     /// What a weight is multiplied by: `1 / (1 − p)` where it is kept and 0 where it is dropped.
     #[inline]
     pub(crate) fn factor(self, column: usize) -> f64 {
-        let factor = if self.keeps(column as u32) { self.factor } else { 0.0 };
+        let factor = if self.keeps(column as u32) {
+            self.factor
+        } else {
+            0.0
+        };
         f64::from(factor)
     }
 }

@@ -125,6 +125,20 @@ impl Story {
     }
 }
 
+impl Question {
+    /// The answer of a reader who understands nothing and names the place, or the person, that was named last
+    /// in what stands before the answer: a floor for every other reader.
+    pub fn guess(&self, prompt: &str) -> String {
+        let (before, names) = if self.question.starts_with("Who") {
+            ("", teller::PEOPLE.as_slice())
+        } else {
+            ("In the ", teller::PLACES.as_slice())
+        };
+        let last = names.iter().max_by_key(|name| prompt.rfind(**name));
+        format!("{before}{}.", last.expect("there are names"))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -151,11 +165,29 @@ mod tests {
                 ["There", "was" | "lay", "a", thing, "in", place] => self.put(thing, place),
                 [who, "had", "a", thing] => self.get(who, thing),
                 [who, "was", "in", place] => self.go(who, place),
-                [who, "left", here, "and", "went" | "ran" | "walked", "to", place] => {
+                [
+                    who,
+                    "left",
+                    here,
+                    "and",
+                    "went" | "ran" | "walked",
+                    "to",
+                    place,
+                ] => {
                     assert_eq!(self.places[who], here, "{sentence}");
                     self.go(who, place);
                 }
-                [a, "and", b, "left", here, "and", "went" | "walked", "to", place] => {
+                [
+                    a,
+                    "and",
+                    b,
+                    "left",
+                    here,
+                    "and",
+                    "went" | "walked",
+                    "to",
+                    place,
+                ] => {
                     assert_eq!([self.places[a], self.places[b]], [here, here], "{sentence}");
                     self.go(a, place);
                     self.go(b, place);
@@ -362,6 +394,19 @@ mod tests {
         for (kind, hops) in [("Where", 1), ("Where", 2), ("Who", 1)] {
             assert!(questions[&(kind.to_owned(), hops)] > 500, "{questions:?}");
         }
+    }
+
+    #[test]
+    fn guesses_name_what_was_named_last() {
+        let story = StoryWorld::new(1).story(0);
+        let guess = |index: usize| story.questions[index].guess(&story.prompt(index));
+        assert_eq!(guess(0), "In the cave.");
+        assert_eq!(guess(3), "In the market.");
+        let who = Question {
+            question: "Who has the map?".into(),
+            ..story.questions[0].clone()
+        };
+        assert_eq!(who.guess(&story.prompt(0)), "Finn.");
     }
 
     #[test]

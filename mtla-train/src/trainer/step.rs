@@ -60,7 +60,9 @@ where
                 return Err(TrainError::EmptyBatch { step });
             }
             tokens.push(part.tokens);
-            let Part { mut grads, loss, .. } = part;
+            let Part {
+                mut grads, loss, ..
+            } = part;
             if part.tokens != tokens[0] {
                 let weight = loss.ones_like() * (part.tokens as f64 / tokens[0] as f64);
                 model.visit(&mut Scale::<B> {

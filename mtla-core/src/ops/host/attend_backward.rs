@@ -41,7 +41,13 @@ pub(super) fn backward<R: Real>(
     // A part of its own for each task, as further key/value heads.
     let zeros = |view, n| KeyGradients::zeros(&view, [p.batch, p.kv_heads * parts, n]);
     let (mut keys, mut own) = match plan.tokens {
-        Some(tokens) => (inputs.columns.or(inputs.own).map(|view| zeros(view, tokens)), None),
+        Some(tokens) => (
+            inputs
+                .columns
+                .or(inputs.own)
+                .map(|view| zeros(view, tokens)),
+            None,
+        ),
         None => (
             inputs.columns.map(|view| zeros(view, p.columns)),
             inputs.own.map(|view| zeros(view, p.queries)),
@@ -153,7 +159,13 @@ impl<'a, R: Real> Task<'a, R> {
             self.block(tile, &block);
         }
         self.own(tile);
-        for (i, grad) in self.scratch.q.chunks_exact(width).take(tile.count).enumerate() {
+        for (i, grad) in self
+            .scratch
+            .q
+            .chunks_exact(width)
+            .take(tile.count)
+            .enumerate()
+        {
             let (head, query) = tile.place(i);
             // SAFETY: tiles are disjoint, and each belongs to one task.
             unsafe { self.writers.q.row(tile.batch, head, query) }.copy_from_slice(grad);
@@ -283,7 +295,10 @@ impl<'a, R: Real> Task<'a, R> {
 
 /// Scores to weights, and gradients of weights to gradients of scores.
 #[inline(always)]
-#[expect(clippy::inline_always, reason = "it has to be part of a vectorised caller")]
+#[expect(
+    clippy::inline_always,
+    reason = "it has to be part of a vectorised caller"
+)]
 fn softmax_backward<R: Real>(weights: &mut [R], scores: &mut [R], log_sum: R, delta: R) {
     for (weight, score) in weights.iter_mut().zip(scores) {
         *weight = (*weight - log_sum).exp();
@@ -293,7 +308,10 @@ fn softmax_backward<R: Real>(weights: &mut [R], scores: &mut [R], log_sum: R, de
 
 /// The same where each weight was multiplied by a factor of a dropout mask; the weights come out multiplied.
 #[inline(always)]
-#[expect(clippy::inline_always, reason = "it has to be part of a vectorised caller")]
+#[expect(
+    clippy::inline_always,
+    reason = "it has to be part of a vectorised caller"
+)]
 fn dropped_softmax_backward<R: Real>(
     weights: &mut [R],
     scores: &mut [R],

@@ -108,7 +108,12 @@ impl<'a, R: Real> TileAttention<'a, R> {
         let Some(columns) = &inputs.columns else {
             return;
         };
-        let place = [tile.batch, tile.head / plan.group(), block.column, block.count];
+        let place = [
+            tile.batch,
+            tile.head / plan.group(),
+            block.column,
+            block.count,
+        ];
         let (first, rows) = (block.first, tile.count - block.first);
         let keys = columns.keys(place, &mut self.keys);
         let [b, h, column, count] = place;

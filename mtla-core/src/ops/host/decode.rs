@@ -89,9 +89,13 @@ fn run<R: Real, P: Stored<R>>(
     let mut out = NewHeads::zeros([rows, p.heads, 1, p.layout.value_width()]);
     let writer = out.writer();
     let slots: usize = p.starts.iter().map(|start| start / p.stride + 1).sum();
-    for_each(rows * kv_heads, slots * p.heads * p.layout.width(), |task| {
-        step.attend(task / kv_heads, task % kv_heads, &writer);
-    });
+    for_each(
+        rows * kv_heads,
+        slots * p.heads * p.layout.width(),
+        |task| {
+            step.attend(task / kv_heads, task % kv_heads, &writer);
+        },
+    );
     out.into_tensor()
 }
 
@@ -104,7 +108,9 @@ fn merge<R: Real, P: Stored<R>>(
     p: &DecodeProblem,
 ) {
     let width = p.layout.width();
-    let lines = table.chunks_exact(1 + p.max_slots).zip(new.chunks_exact(width));
+    let lines = table
+        .chunks_exact(1 + p.max_slots)
+        .zip(new.chunks_exact(width));
     for (table, new) in lines {
         let (start, chunk) = (table[0], table[0] / p.stride);
         let slot = &mut pool[table[1 + chunk] * width..][..width];
@@ -268,8 +274,16 @@ stored!(f32 as f32);
 stored!(f64 as f64);
 stored!(f32 as f64, f64::from, |x| x as f32);
 stored!(f64 as f32, |x| x as f32, f64::from);
-stored!(burn::tensor::f16 as f32, f32::from, burn::tensor::f16::from_f32);
-stored!(burn::tensor::bf16 as f32, f32::from, burn::tensor::bf16::from_f32);
+stored!(
+    burn::tensor::f16 as f32,
+    f32::from,
+    burn::tensor::f16::from_f32
+);
+stored!(
+    burn::tensor::bf16 as f32,
+    f32::from,
+    burn::tensor::bf16::from_f32
+);
 
 #[cfg(test)]
 mod tests {

@@ -25,11 +25,7 @@ impl<'a, R: Real> KeyView<'a, R> {
     }
 
     /// Keys `i..i + n` of a head; put together in `memory` where a part of them is shared.
-    pub(super) fn keys<'b>(
-        &self,
-        [b, h, i, n]: [usize; 4],
-        memory: &'b mut Vec<R>,
-    ) -> Matrix<'b, R>
+    pub(super) fn keys<'b>(&self, [b, h, i, n]: [usize; 4], memory: &'b mut Vec<R>) -> Matrix<'b, R>
     where
         'a: 'b,
     {
@@ -47,7 +43,10 @@ impl<'a, R: Real> KeyView<'a, R> {
 
     /// `q · key`.
     #[inline(always)]
-    #[expect(clippy::inline_always, reason = "it has to be part of a vectorised caller")]
+    #[expect(
+        clippy::inline_always,
+        reason = "it has to be part of a vectorised caller"
+    )]
     pub(super) fn score(&self, q: &[R], [b, h, i]: [usize; 3]) -> R {
         let (head, rest) = q.split_at(self.k.width());
         let score = dot(head, self.k.row(b, h, i));
@@ -59,7 +58,10 @@ impl<'a, R: Real> KeyView<'a, R> {
 
     /// `target += factor · key`.
     #[inline(always)]
-    #[expect(clippy::inline_always, reason = "it has to be part of a vectorised caller")]
+    #[expect(
+        clippy::inline_always,
+        reason = "it has to be part of a vectorised caller"
+    )]
     pub(super) fn add_key(&self, target: &mut [R], factor: R, [b, h, i]: [usize; 3]) {
         let (head, rest) = target.split_at_mut(self.k.width());
         add_scaled(head, factor, self.k.row(b, h, i));
@@ -119,7 +121,10 @@ impl<R: Real> KeyWriter<'_, R> {
     /// # Safety
     /// No other thread may use this row meanwhile.
     #[inline(always)]
-    #[expect(clippy::inline_always, reason = "it has to be part of a vectorised caller")]
+    #[expect(
+        clippy::inline_always,
+        reason = "it has to be part of a vectorised caller"
+    )]
     pub(super) unsafe fn add(
         &self,
         [b, h, i]: [usize; 3],

@@ -54,7 +54,10 @@ pub(in crate::ops) fn gate_and_merge_backward(
         DType::F64 => backward::<f64>([&latents, &gates, &grad], shape, stride),
         _ => backward::<f32>([&latents, &gates, &grad], shape, stride),
     };
-    (to_dtype(tensor(latents), dtype), to_dtype(tensor(gates), dtype))
+    (
+        to_dtype(tensor(latents), dtype),
+        to_dtype(tensor(gates), dtype),
+    )
 }
 
 fn check(latents: &Tensor<Flex, 3>, gates: &Tensor<Flex, 2>, stride: usize) -> [usize; 3] {
@@ -77,7 +80,10 @@ fn new<R: Real>(values: Vec<R>, shape: &[usize]) -> FlexTensor {
 }
 
 #[inline(always)]
-#[expect(clippy::inline_always, reason = "it has to be part of a vectorised caller")]
+#[expect(
+    clippy::inline_always,
+    reason = "it has to be part of a vectorised caller"
+)]
 pub(super) fn sigmoid<R: Real>(x: R) -> R {
     let one = R::of(1.0);
     if x > R::default() {
@@ -104,21 +110,27 @@ fn forward<R: Real>(
             chunks.zip(latents.chunks(stride * rank)).enumerate()
         })
         .collect();
-    for_each_mut(&mut chunks, batch * tokens * rank, |(t, (states, latents))| {
-        let (g, beta) = gates[*t * (rank + 1)..][..=rank].split_at(rank);
-        vectorised(|| {
-            let mut before: Option<&[R]> = None;
-            let tokens = states.chunks_exact_mut(rank).zip(latents.chunks_exact(rank));
-            for (state, latent) in tokens {
-                let weight = sigmoid(dot(g, latent) + beta[0]);
-                if let Some(before) = before {
-                    state.copy_from_slice(before);
+    for_each_mut(
+        &mut chunks,
+        batch * tokens * rank,
+        |(t, (states, latents))| {
+            let (g, beta) = gates[*t * (rank + 1)..][..=rank].split_at(rank);
+            vectorised(|| {
+                let mut before: Option<&[R]> = None;
+                let tokens = states
+                    .chunks_exact_mut(rank)
+                    .zip(latents.chunks_exact(rank));
+                for (state, latent) in tokens {
+                    let weight = sigmoid(dot(g, latent) + beta[0]);
+                    if let Some(before) = before {
+                        state.copy_from_slice(before);
+                    }
+                    add_scaled(state, weight, latent);
+                    before = Some(state);
                 }
-                add_scaled(state, weight, latent);
-                before = Some(state);
-            }
-        });
-    });
+            });
+        },
+    );
     new(states, &[batch, tokens, rank])
 }
 
@@ -144,30 +156,37 @@ fn backward<R: Real>(
         .zip(grad_gates.chunks_exact_mut(rank + 1))
         .enumerate()
         .collect();
-    for_each_mut(&mut tasks, batch * tokens * rank, |(t, (pieces, grad_gate))| {
-        let (g, beta) = gates[*t * (rank + 1)..][..=rank].split_at(rank);
-        let (grad_g, grad_beta) = grad_gate.split_at_mut(rank);
-        vectorised(|| {
-            for (row, piece) in pieces.iter_mut().enumerate() {
-                let start = (row * tokens + *t * stride) * rank;
-                piece.copy_from_slice(&grad[start..][..piece.len()]);
-                // What a state gets goes to all latents before it in the chunk.
-                for i in (1..piece.len() / rank).rev() {
-                    let (before, later) = piece.split_at_mut(i * rank);
-                    add_scaled(&mut before[(i - 1) * rank..], R::of(1.0), &later[..rank]);
-                }
-                let latents = latents[start..][..piece.len()].chunks_exact(rank);
-                for (target, latent) in piece.chunks_exact_mut(rank).zip(latents) {
-                    let weight = sigmoid(dot(g, latent) + beta[0]);
-                    let slope = weight * (R::of(1.0) - weight) * dot(target, latent);
-                    for (x, g) in target.iter_mut().zip(g) {
-                        *x = weight * *x + slope * *g;
+    for_each_mut(
+        &mut tasks,
+        batch * tokens * rank,
+        |(t, (pieces, grad_gate))| {
+            let (g, beta) = gates[*t * (rank + 1)..][..=rank].split_at(rank);
+            let (grad_g, grad_beta) = grad_gate.split_at_mut(rank);
+            vectorised(|| {
+                for (row, piece) in pieces.iter_mut().enumerate() {
+                    let start = (row * tokens + *t * stride) * rank;
+                    piece.copy_from_slice(&grad[start..][..piece.len()]);
+                    // What a state gets goes to all latents before it in the chunk.
+                    for i in (1..piece.len() / rank).rev() {
+                        let (before, later) = piece.split_at_mut(i * rank);
+                        add_scaled(&mut before[(i - 1) * rank..], R::of(1.0), &later[..rank]);
                     }
-                    add_scaled(grad_g, slope, latent);
-                    grad_beta[0] += slope;
+                    let latents = latents[start..][..piece.len()].chunks_exact(rank);
+                    for (target, latent) in piece.chunks_exact_mut(rank).zip(latents) {
+                        let weight = sigmoid(dot(g, latent) + beta[0]);
+                        let slope = weight * (R::of(1.0) - weight) * dot(target, latent);
+                        for (x, g) in target.iter_mut().zip(g) {
+                            *x = weight * *x + slope * *g;
+                        }
+                        add_scaled(grad_g, slope, latent);
+                        grad_beta[0] += slope;
+                    }
                 }
-            }
-        });
-    });
-    (new(grad_latents, &[batch, tokens, rank]), new(grad_gates, &[table, rank + 1]))
+            });
+        },
+    );
+    (
+        new(grad_latents, &[batch, tokens, rank]),
+        new(grad_gates, &[table, rank + 1]),
+    )
 }

@@ -140,7 +140,10 @@ impl Operands {
 ///
 /// # Panics
 /// If the operands do not fit the problem.
-pub(super) fn attend(operands: AttendOperands<Flex>, problem: &AttendProblem) -> AttendForward<Flex> {
+pub(super) fn attend(
+    operands: AttendOperands<Flex>,
+    problem: &AttendProblem,
+) -> AttendForward<Flex> {
     operands.check(problem);
     launches::count(LaunchKind::HostAttend);
     let dtype = operands.q.dtype();
@@ -197,9 +200,9 @@ fn gradients<R: Real>(
         v: tensor(kv.v),
     };
     let keys = match operands.keys {
-        HostKeys::Tokens(_) => {
-            Keys::Tokens(key_value(gradients.keys.expect("there are columns or a self term")))
-        }
+        HostKeys::Tokens(_) => Keys::Tokens(key_value(
+            gradients.keys.expect("there are columns or a self term"),
+        )),
         HostKeys::Columns(..) => Keys::Columns {
             columns: gradients.keys.map(key_value),
             own: gradients.own.map(key_value),

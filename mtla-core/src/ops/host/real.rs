@@ -38,7 +38,10 @@ impl Real for f32 {
     /// e^x to 2 ulp for `x ≤ 88`, without a branch, so that loops over it vectorise. Below −87 it stays at
     /// e^−87, which is 0 for a softmax; NaN stays NaN.
     #[inline(always)]
-    #[expect(clippy::inline_always, reason = "it has to be part of the caller's loop")]
+    #[expect(
+        clippy::inline_always,
+        reason = "it has to be part of the caller's loop"
+    )]
     fn exp(self) -> Self {
         // 1.5 · 2^23: adding it rounds to an integer, which then stands in the lowest bits.
         const ROUND: f32 = 12_582_912.0;
@@ -92,8 +95,17 @@ const LANES: usize = 32;
 
 /// `Σ f(x_i, y_i)` in a fixed order that does not depend on the machine.
 #[inline(always)]
-#[expect(clippy::inline_always, reason = "it has to be part of a vectorised caller")]
-fn fold<R: Real>(x: &[R], y: &[R], start: R, f: impl Fn(R, R, R) -> R, join: impl Fn(R, R) -> R) -> R {
+#[expect(
+    clippy::inline_always,
+    reason = "it has to be part of a vectorised caller"
+)]
+fn fold<R: Real>(
+    x: &[R],
+    y: &[R],
+    start: R,
+    f: impl Fn(R, R, R) -> R,
+    join: impl Fn(R, R) -> R,
+) -> R {
     let mut lanes = [start; LANES];
     let (x, x_rest) = x.as_chunks::<LANES>();
     let (y, y_rest) = y.as_chunks::<LANES>();
@@ -117,20 +129,29 @@ fn fold<R: Real>(x: &[R], y: &[R], start: R, f: impl Fn(R, R, R) -> R, join: imp
 
 /// `x · y`.
 #[inline(always)]
-#[expect(clippy::inline_always, reason = "it has to be part of a vectorised caller")]
+#[expect(
+    clippy::inline_always,
+    reason = "it has to be part of a vectorised caller"
+)]
 pub(super) fn dot<R: Real>(x: &[R], y: &[R]) -> R {
     fold(x, y, R::default(), |sum, x, y| sum + x * y, |a, b| a + b)
 }
 
 #[inline(always)]
-#[expect(clippy::inline_always, reason = "it has to be part of a vectorised caller")]
+#[expect(
+    clippy::inline_always,
+    reason = "it has to be part of a vectorised caller"
+)]
 pub(super) fn sum<R: Real>(x: &[R]) -> R {
     fold(x, x, R::default(), |sum, x, _| sum + x, |a, b| a + b)
 }
 
 /// The largest entry; NaN does not count.
 #[inline(always)]
-#[expect(clippy::inline_always, reason = "it has to be part of a vectorised caller")]
+#[expect(
+    clippy::inline_always,
+    reason = "it has to be part of a vectorised caller"
+)]
 pub(super) fn max<R: Real>(x: &[R]) -> R {
     let larger = |a: R, b: R| if b > a { b } else { a };
     fold(x, x, R::LOWEST, |m, x, _| larger(m, x), larger)
@@ -138,7 +159,10 @@ pub(super) fn max<R: Real>(x: &[R]) -> R {
 
 /// `y += a x`.
 #[inline(always)]
-#[expect(clippy::inline_always, reason = "it has to be part of a vectorised caller")]
+#[expect(
+    clippy::inline_always,
+    reason = "it has to be part of a vectorised caller"
+)]
 pub(super) fn add_scaled<R: Real>(y: &mut [R], a: R, x: &[R]) {
     for (y, x) in y.iter_mut().zip(x) {
         *y += a * *x;

@@ -50,27 +50,38 @@ fn in_place<R: Real>(
     let mut pieces: Vec<(usize, &mut [R])> = Vec::new();
     for (row, memory) in memory.chunks_exact_mut(tokens * heads * width).enumerate() {
         // One row of the table serves all rows where there is only one.
-        let line = if cos.len() == tokens * dim { 0 } else { row * tokens };
+        let line = if cos.len() == tokens * dim {
+            0
+        } else {
+            row * tokens
+        };
         let starts = (line..line + tokens).step_by(piece);
         pieces.extend(starts.zip(memory.chunks_mut(piece * heads * width)));
     }
-    for_each_mut(&mut pieces, rows * tokens * heads * width, |(start, memory)| {
-        vectorised(|| {
-            for (i, token) in memory.chunks_exact_mut(heads * width).enumerate() {
-                let line = (*start + i) * dim..(*start + i + 1) * dim;
-                let (cos, sin) = (&cos[line.clone()], &sin[line]);
-                for head in token.chunks_exact_mut(width) {
-                    turn(&mut head[first..], cos, sin, rotary.layout);
+    for_each_mut(
+        &mut pieces,
+        rows * tokens * heads * width,
+        |(start, memory)| {
+            vectorised(|| {
+                for (i, token) in memory.chunks_exact_mut(heads * width).enumerate() {
+                    let line = (*start + i) * dim..(*start + i + 1) * dim;
+                    let (cos, sin) = (&cos[line.clone()], &sin[line]);
+                    for head in token.chunks_exact_mut(width) {
+                        turn(&mut head[first..], cos, sin, rotary.layout);
+                    }
                 }
-            }
-        });
-    });
+            });
+        },
+    );
     Tensor::from_primitive(TensorPrimitive::Float(x))
 }
 
 /// Turns the pairs of `x`.
 #[inline(always)]
-#[expect(clippy::inline_always, reason = "it has to be part of a vectorised caller")]
+#[expect(
+    clippy::inline_always,
+    reason = "it has to be part of a vectorised caller"
+)]
 fn turn<R: Real>(x: &mut [R], cos: &[R], sin: &[R], layout: RotaryLayout) {
     match layout {
         RotaryLayout::Interleaved => {

@@ -26,7 +26,10 @@ impl<R: Real> Softmax<R> {
 
     /// Takes in further scores of query `i`, turning them into weights of their values.
     #[inline(always)]
-    #[expect(clippy::inline_always, reason = "it has to be part of a vectorised caller")]
+    #[expect(
+        clippy::inline_always,
+        reason = "it has to be part of a vectorised caller"
+    )]
     pub(super) fn take(&mut self, i: usize, scores: &mut [R]) {
         let before = self.largest[i];
         let largest = max(scores);

@@ -8,10 +8,10 @@ use rand::{RngExt, seq::IndexedRandom};
 use rand_chacha::ChaCha8Rng;
 use std::ops::Range;
 
-const PEOPLE: [&str; 10] = [
+pub(super) const PEOPLE: [&str; 10] = [
     "Ada", "Ben", "Clara", "Finn", "Iris", "Leo", "Mia", "Nora", "Tom", "Zoe",
 ];
-const PLACES: [&str; 10] = [
+pub(super) const PLACES: [&str; 10] = [
     "attic", "barn", "cave", "cellar", "forest", "garden", "kitchen", "market", "mill", "tower",
 ];
 const THINGS: [&str; 10] = [
