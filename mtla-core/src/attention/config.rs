@@ -311,6 +311,30 @@ impl AttentionConfig {
         }
     }
 
+    /// Query heads.
+    pub fn n_heads(&self) -> usize {
+        match self {
+            Self::Mha(c) | Self::Mqa(c) | Self::Gqa { dense: c, .. } => c.n_heads,
+            Self::Mla(c) | Self::Mtla { latent: c, .. } => c.n_heads,
+        }
+    }
+
+    /// Whether the projections have biases.
+    pub fn bias(&self) -> bool {
+        match self {
+            Self::Mha(c) | Self::Mqa(c) | Self::Gqa { dense: c, .. } => c.bias,
+            Self::Mla(c) | Self::Mtla { latent: c, .. } => c.bias,
+        }
+    }
+
+    /// The rotary embedding.
+    pub fn rope(&self) -> RotaryConfig {
+        match self {
+            Self::Mha(c) | Self::Mqa(c) | Self::Gqa { dense: c, .. } => c.rope,
+            Self::Mla(c) | Self::Mtla { latent: c, .. } => c.rope,
+        }
+    }
+
     /// Tokens per slot.
     pub fn down_rate(&self) -> usize {
         match self {

@@ -200,7 +200,7 @@ impl<B: AttentionBackend> GroupedAttention<B> {
         let [rows, tokens, _] = x.dims();
         plan.check(x);
         let width = self.n_kv_heads * self.head_dim;
-        let k = B::rotate(self.heads(project(&self.k_proj, x.clone())), &rotary, 0);
+        let k = B::rotate(self.heads(project(&self.k_proj, x.clone())), rotary, 0);
         let v = project(&self.v_proj, x.clone());
         let row = Tensor::cat(vec![k.reshape([rows, tokens, width]), v], 2);
         plan.write(row.reshape([rows * tokens, 2 * width]), pool);

@@ -90,6 +90,11 @@ impl<B: Backend> LatentAttention<B> {
         self.stride
     }
 
+    /// Width of a head's query.
+    pub(super) fn head_width(&self) -> usize {
+        self.nope + self.rope_dim
+    }
+
     pub(super) fn rope(&self) -> (RotaryConfig, usize) {
         (self.rope, self.rope_dim)
     }

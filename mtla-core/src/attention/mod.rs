@@ -16,6 +16,7 @@ mod expansion;
 mod grouped;
 mod input;
 mod latent;
+mod look_back;
 mod query;
 
 use burn::{

@@ -122,6 +122,7 @@ pub struct AttendForward<B: Backend> {
 /// Operations of a backend that come with a backward pass of their own: `Autodiff` records each as one node,
 /// instead of tracing the plain forms.
 #[derive(Debug, Clone, Copy)]
+#[expect(clippy::type_complexity, reason = "each is written once")]
 pub struct Derivatives<B: Backend> {
     /// [`attend`](super::AttentionBackend::attend), forward.
     pub attend: fn(AttendOperands<B>, &AttendProblem) -> AttendForward<B>,

@@ -79,10 +79,17 @@ pub struct DecoderConfig {
     /// weights belongs to [`attention`](Self::attention).)
     #[serde(default)]
     pub dropout: f64,
+    /// How far back heads begin by looking, in tokens: a list for each of the first layers, with an offset for
+    /// each of its first heads (see [`Attention::look_back`]). The attention needs biases for it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub look_back: Vec<Vec<f64>>,
     /// Whether the head uses the transposed embedding as its weight.
     #[serde(default = "default_tie_embeddings")]
     pub tie_embeddings: bool,
 }
+
+/// The score of the token that a head begins by looking at, far above what contents give.
+const LOOK_BACK_SCORE: f64 = 50.0;
 
 fn default_norm_eps() -> f64 {
     1e-5
@@ -104,6 +111,7 @@ impl DecoderConfig {
             norm: NormKind::default(),
             norm_eps: default_norm_eps(),
             dropout: 0.0,
+            look_back: Vec::new(),
             tie_embeddings: default_tie_embeddings(),
         }
     }
@@ -140,6 +148,13 @@ impl DecoderConfig {
     #[must_use]
     pub fn with_dropout(mut self, probability: f64) -> Self {
         self.dropout = probability;
+        self
+    }
+
+    /// Sets how far back heads begin by looking.
+    #[must_use]
+    pub fn with_look_back(mut self, offsets: Vec<Vec<f64>>) -> Self {
+        self.look_back = offsets;
         self
     }
 
@@ -193,6 +208,20 @@ impl DecoderConfig {
             "dropout",
             &dropout,
             "a probability in [0, 1)",
+        )?;
+        let (layers, heads) = (self.n_layers, self.attention.n_heads());
+        let fits = self.look_back.len() <= layers
+            && self.look_back.iter().all(|layer| layer.len() <= heads)
+            && self
+                .look_back
+                .iter()
+                .flatten()
+                .all(|offset| offset.is_finite());
+        check(
+            fits && (self.look_back.is_empty() || self.attention.bias()),
+            "look_back",
+            &format!("{:?}", self.look_back),
+            "at most one list a layer and one offset a head, and an attention with biases",
         )
     }
 
@@ -209,8 +238,9 @@ impl DecoderConfig {
     pub fn init<B: Backend>(&self, device: &B::Device) -> Result<Decoder<B>, ConfigError> {
         self.validate()?;
         let (d_model, vocab_size) = (self.d_model(), self.vocab_size);
-        let layers: Result<Vec<_>, ConfigError> =
-            (0..self.n_layers).map(|_| self.layer(device)).collect();
+        let layers: Result<Vec<_>, ConfigError> = (0..self.n_layers)
+            .map(|layer| self.layer(layer, device))
+            .collect();
         let std = if self.tie_embeddings {
             (3.0 * d_model as f64).powf(-0.5)
         } else {
@@ -232,7 +262,11 @@ impl DecoderConfig {
         Ok(decoder.map(&mut DrawNow))
     }
 
-    fn layer<B: Backend>(&self, device: &B::Device) -> Result<DecoderLayer<B>, ConfigError> {
+    fn layer<B: Backend>(
+        &self,
+        number: usize,
+        device: &B::Device,
+    ) -> Result<DecoderLayer<B>, ConfigError> {
         let (d_model, d_ff) = (self.d_model(), self.d_ff());
         let linear = |from, to| LinearConfig::new(from, to).with_bias(false).init(device);
         let gated = self.feed_forward == FeedForwardKind::SwiGlu;
@@ -252,6 +286,9 @@ impl DecoderConfig {
         };
         self.shrink(&mut attention_output.weight, device);
         self.shrink(&mut layer.feed_forward.down.weight, device);
+        if let Some(offsets) = self.look_back.get(number) {
+            layer.attention.look_back(offsets, LOOK_BACK_SCORE);
+        }
         Ok(layer)
     }
 
@@ -313,6 +350,7 @@ mod tests {
             ("norm_eps", config().with_norm_eps(f64::NAN)),
             ("dropout", config().with_dropout(-0.1)),
             ("dropout", config().with_dropout(1.0)),
+            ("look_back", config().with_look_back(vec![vec![1.0]])),
         ];
         for (expected, config) in bad {
             let Err(ConfigError::Field { of, field, .. }) = config.validate() else {
@@ -341,6 +379,7 @@ mod tests {
             .with_norm(NormKind::RmsNorm)
             .with_norm_eps(1e-6)
             .with_dropout(0.1)
+            .with_look_back(vec![vec![1.5], vec![]])
             .with_tied_embeddings(false);
         for config in [config(), all] {
             let json = serde_json::to_string(&config).unwrap();

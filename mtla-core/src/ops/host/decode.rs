@@ -77,7 +77,7 @@ fn run<R: Real, P: Stored<R>>(
     problem: &DecodeProblem,
 ) -> FlexTensor {
     let p = problem;
-    let gates = floats.gates.as_ref().map(|gates| gates.storage::<R>());
+    let gates = floats.gates.as_ref().map(FlexTensor::storage::<R>);
     merge::<R, P>(pool.storage_mut(), floats.row.storage(), gates, table, p);
     let step = Step {
         problem: p,
@@ -155,7 +155,7 @@ impl<R: Real, P: Stored<R>> Step<'_, R, P> {
             }
             SlotLayout::Latent { .. } => (0, 0),
         };
-        let line = &self.table[row * (1 + p.max_slots)..][..1 + p.max_slots];
+        let line = &self.table[row * (1 + p.max_slots)..][..=p.max_slots];
         let slots = &line[1..=1 + line[0] / p.stride];
         let first = (row * p.heads + kv_head * group) * key;
         let q = Matrix::new(&self.q[first..][..group * key], group, key, key);
@@ -192,7 +192,7 @@ impl<R: Real, P: Stored<R>> Step<'_, R, P> {
         gathered.clear();
         for slot in slots {
             let slot = &self.pool[slot * width..][..width];
-            gathered.extend(slot.iter().map(|x| x.load()));
+            gathered.extend(slot.iter().map(Stored::load));
         }
         gathered
     }

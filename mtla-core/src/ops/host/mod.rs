@@ -66,6 +66,7 @@ struct Operands {
     keys: HostKeys,
 }
 
+#[expect(clippy::large_enum_variant, reason = "there is one at a time")]
 enum HostKeys {
     Tokens(HostKeyValue),
     Columns(Option<HostKeyValue>, Option<HostKeyValue>),

@@ -38,10 +38,6 @@ impl Real for f32 {
     /// e^x to 2 ulp for `x ≤ 88`, without a branch, so that loops over it vectorise. Below −87 it stays at
     /// e^−87, which is 0 for a softmax; NaN stays NaN.
     #[inline(always)]
-    #[expect(
-        clippy::inline_always,
-        reason = "it has to be part of the caller's loop"
-    )]
     fn exp(self) -> Self {
         // 1.5 · 2^23: adding it rounds to an integer, which then stands in the lowest bits.
         const ROUND: f32 = 12_582_912.0;
