@@ -81,7 +81,7 @@ impl Case {
             visibility,
             lengths,
             scale: (key_width as f64).powf(-0.5),
-            dropout: dropout.then(|| Dropout {
+            dropout: dropout.then_some(Dropout {
                 probability: 0.3,
                 seed,
             }),
@@ -427,15 +427,18 @@ fn gate_and_merge_is_the_plain_one() {
     });
 }
 
-/// A step over random tables: shared and scattered slots, long runs, open and new slots.
-#[test]
-fn decoding_is_the_plain_one() {
-    let _alone = alone();
-    check(64, any::<u64>(), |seed| {
-        let mut n = Numbers::new(seed);
+/// A decoding step over random tables: shared and scattered slots, long runs, open and new slots.
+struct Step {
+    problem: DecodeProblem,
+    table: Vec<i64>,
+    /// Slots of the pool.
+    slots: usize,
+}
+
+impl Step {
+    fn new(n: &mut Numbers) -> Self {
         let mut pick = |low: usize, high: usize| low + (n.bits() as usize) % (high - low);
-        let (kv_heads, group) = (pick(1, 4), pick(1, 5));
-        let latent = pick(0, 3) > 0;
+        let (kv_heads, group, latent) = (pick(1, 4), pick(1, 5), pick(0, 3) > 0);
         let layout = if latent {
             SlotLayout::Latent {
                 rank: pick(4, 40),
@@ -447,12 +450,10 @@ fn decoding_is_the_plain_one() {
                 head_dim: pick(1, 20),
             }
         };
-        let heads = group * layout.kv_heads();
         let (stride, rows) = (if latent { pick(1, 5) } else { 1 }, pick(1, 6));
         let starts: Vec<usize> = (0..rows).map(|_| pick(0, 400)).collect();
         let max_slots = starts.iter().map(|s| s / stride + 1).max().unwrap_or(1) + pick(0, 3);
         let prefix = pick(0, max_slots);
-        let total = prefix + rows * max_slots;
         let mut table = Vec::new();
         for (row, start) in starts.iter().enumerate() {
             let used = start / stride + 1;
@@ -470,8 +471,49 @@ fn decoding_is_the_plain_one() {
             table.extend(&line);
             table.extend(std::iter::repeat_n(line[used - 1], max_slots - used));
         }
-        let gates = latent && stride > 1;
-        let chunks = max_slots;
+        let problem = DecodeProblem {
+            heads: group * layout.kv_heads(),
+            layout,
+            stride,
+            starts,
+            max_slots,
+            scale: (layout.key_width() as f64).powf(-0.5),
+        };
+        Self {
+            problem,
+            table,
+            slots: prefix + rows * max_slots,
+        }
+    }
+
+    /// Random operands, with a pool of another type.
+    fn operands(&self, n: &mut Numbers, dtype: DType, stored: DType) -> DecodeOperands<Flex> {
+        let p = &self.problem;
+        let mut draw = |shape: [usize; 2], dtype: DType| {
+            let data = TensorData::new(n.normals(shape[0] * shape[1]), shape);
+            Tensor::<Flex, 2>::from_data(data.convert_dtype(dtype), (&FlexDevice, dtype))
+        };
+        let (rows, width, key) = (p.starts.len(), p.layout.width(), p.layout.key_width());
+        let gates = (p.stride > 1).then(|| draw([p.max_slots, p.layout.value_width() + 1], dtype));
+        DecodeOperands {
+            q: draw([rows, p.heads * key], dtype).reshape([rows, p.heads, key]),
+            row: draw([rows, width], dtype),
+            gates,
+            pool: draw([self.slots, width], stored),
+            table: Tensor::from_data(
+                TensorData::new(self.table.clone(), [rows, 1 + p.max_slots]),
+                &FlexDevice,
+            ),
+        }
+    }
+}
+
+#[test]
+fn decoding_is_the_plain_one() {
+    let _alone = alone();
+    check(64, any::<u64>(), |seed| {
+        let mut n = Numbers::new(seed);
+        let step = Step::new(&mut n);
         let types = [
             (DType::F32, DType::F32, 1e-5),
             (DType::F64, DType::F64, 1e-12),
@@ -479,37 +521,16 @@ fn decoding_is_the_plain_one() {
             (DType::F32, DType::BF16, 1e-2),
         ];
         for (dtype, stored, tolerance) in types {
-            let mut draw = |shape: [usize; 2], dtype: DType| {
-                let data = TensorData::new(n.normals(shape[0] * shape[1]), shape);
-                Tensor::<Flex, 2>::from_data(data.convert_dtype(dtype), (&FlexDevice, dtype))
-            };
-            let (width, key) = (layout.width(), layout.key_width());
-            let operands = DecodeOperands {
-                q: draw([rows, heads * key], dtype).reshape([rows, heads, key]),
-                row: draw([rows, width], dtype),
-                gates: gates.then(|| draw([chunks, layout.value_width() + 1], dtype)),
-                pool: draw([total, width], stored),
-                table: Tensor::from_data(
-                    TensorData::new(table.clone(), [rows, 1 + max_slots]),
-                    &FlexDevice,
-                ),
-            };
-            let problem = DecodeProblem {
-                heads,
-                layout,
-                stride,
-                starts: starts.clone(),
-                max_slots,
-                scale: (key as f64).powf(-0.5),
-            };
-            let (expected, expected_pool) = plain::decode(operands.clone(), &problem);
+            let operands = step.operands(&mut n, dtype, stored);
+            let (expected, expected_pool) = plain::decode(operands.clone(), &step.problem);
             let before = launches(LaunchKind::HostDecode);
-            let (found, pool) = Flex::decode(operands, &problem);
+            let (found, pool) = Flex::decode(operands, &step.problem);
             assert_eq!(launches(LaunchKind::HostDecode), before + 1);
             let (found, expected) = (values(found), values(expected));
             assert_close(&[found], &[expected], tolerance, "output");
             assert_eq!(pool.dtype(), stored);
-            assert_close(&[values(pool)], &[values(expected_pool)], tolerance, "pool");
+            let (found, expected) = (values(pool), values(expected_pool));
+            assert_close(&[found], &[expected], tolerance, "pool");
         }
     });
 }

@@ -15,6 +15,7 @@ pub enum LaunchKind {
 
 static COUNTS: [AtomicU64; 3] = [const { AtomicU64::new(0) }; 3];
 
+#[cfg(feature = "flex")]
 pub(super) fn count(kind: LaunchKind) {
     COUNTS[kind as usize].fetch_add(1, Ordering::Relaxed);
 }
