@@ -378,6 +378,7 @@ fn rotation_is_the_plain_one() {
             };
             let (x, cotangent) = (draw(&mut n).require_grad(), draw(&mut n));
             let rotary = rope.rotary::<Train>(dim, &positions, dtype, &FlexDevice);
+            let flex_rotary = rope.rotary::<Flex>(dim, &positions, dtype, &FlexDevice);
             let results = [plain::rotate::<Train>, Train::rotate].map(|rotate| {
                 let y = rotate(x.clone(), &rotary, first);
                 let grads = (y.clone() * cotangent.clone()).sum().backward();
@@ -387,6 +388,10 @@ fn rotation_is_the_plain_one() {
                 ]
             });
             assert_close(&results[1], &results[0], tolerance, "rotation");
+            // The first rows of a larger tensor are rotated as they are alone.
+            let larger = Tensor::cat(vec![x.clone(), cotangent.clone()], 0).inner();
+            let part = Flex::rotate(larger.narrow(0, 0, rows), &flex_rotary, first);
+            assert_eq!(vec![values(part)], results[1][..1]);
             // What it is given stays as it was, though it works in place where it can.
             let before = values(x.clone().inner());
             let _ = Train::rotate(x.clone(), &rotary, first);

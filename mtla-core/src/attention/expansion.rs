@@ -151,8 +151,8 @@ impl<B: Backend> LatentExpansion<B> {
 }
 
 impl<B: AttentionBackend> LatentExpansion<B> {
-    /// Attention from `q [batch, tokens, heads, key + rope]` in the cheaper of the two forms: heads' outputs `[batch, heads, queries, value]`, and the
-    /// weights if they are wanted.
+    /// Attention from `q [batch, tokens, heads, key + rope]` in the cheaper of the two forms: heads' outputs
+    /// `[batch, heads, queries, value]`, and the weights if they are wanted.
     ///
     /// Key/value heads and widths of the problem are set here, since they follow from the form.
     pub(super) fn attend(

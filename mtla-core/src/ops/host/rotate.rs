@@ -44,13 +44,14 @@ fn in_place<R: Real>(
     let (cos, sin) = (cos.storage::<R>(), sin.storage::<R>());
     let dim = width - first;
     let mut x = owned(x.into_primitive().tensor());
-    let memory: &mut [R] = x.storage_mut();
+    // The storage may go on behind the tensor, which may be the first rows of a larger one.
+    let memory = &mut x.storage_mut::<R>()[..rows * tokens * heads * width];
     // So many tokens at a time that a piece fits the nearest cache.
     let piece = (4096 / (heads * width)).clamp(1, tokens);
     let mut pieces: Vec<(usize, &mut [R])> = Vec::new();
     for (row, memory) in memory.chunks_exact_mut(tokens * heads * width).enumerate() {
         // One row of the table serves all rows where there is only one.
-        let line = if cos.len() == tokens * dim {
+        let line = if rotary.cos.dims()[0] == 1 {
             0
         } else {
             row * tokens
