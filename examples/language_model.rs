@@ -38,6 +38,10 @@ use report::Report;
 use settings::{Arguments, Settings};
 use text::Text;
 
+/// Training frees and takes the same large pieces of memory all the time: this allocator keeps them.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
     let backend = arguments.backend();

@@ -34,13 +34,16 @@ TORCH = [sys.executable, str(HERE / "torch_layer.py")]
 VARIANTS = ["mtla:2", "mtla:3", "mtla:4", "mha:1", "gqa:1", "mla:1"]
 THREADS = "2"
 TOLERANCE = 1e-4
+# Sides take turns: without this each would give its memory back while the other runs, which no training does.
+KEEP_MEMORY = {"MIMALLOC_PURGE_DELAY": "-1", "MALLOC_TRIM_THRESHOLD_": "4000000000",
+               "MALLOC_MMAP_THRESHOLD_": "4000000000"}
 
 
 class Side:
     """A process that answers commands, a line each."""
 
     def __init__(self, *command):
-        env = os.environ | {"RAYON_NUM_THREADS": THREADS, "OMP_NUM_THREADS": THREADS}
+        env = os.environ | {"RAYON_NUM_THREADS": THREADS, "OMP_NUM_THREADS": THREADS} | KEEP_MEMORY
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
 
     def ask(self, command):

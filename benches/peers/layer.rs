@@ -22,6 +22,10 @@ use mtla_core::{
 };
 use safetensors::{Dtype, View, tensor::TensorView};
 
+/// Keeps the memory of tensors and maps it in large pages, as allocators of deep-learning frameworks do.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 type Backend = Autodiff<Flex>;
 
 struct Layer {

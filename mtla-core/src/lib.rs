@@ -3,6 +3,7 @@
 
 pub mod attention;
 pub mod cache;
+pub mod linear;
 pub mod ops;
 pub mod rope;
 pub mod temporal;

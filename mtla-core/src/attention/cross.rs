@@ -16,11 +16,12 @@ use super::{
     config::{require, validate_down_rate, validate_dropout},
     expansion::{LatentExpansion, LatentKeys, Latents},
     input::dropout,
-    join_heads, project,
+    join_heads,
     query::QueryProjection,
 };
 use crate::{
     cache::{CacheSpec, LayerPool, PrefillPlan, SlotTable},
+    linear::project,
     ops::{AttendProblem, AttentionBackend, SlotLayout, Visibility, plain},
     temporal::TemporalGate,
 };

@@ -79,27 +79,6 @@ impl<B: Backend> LatentExpansion<B> {
             .reshape([self.rank(), self.heads, self.key + self.value])
     }
 
-    /// Keys and values of every head.
-    fn expand(&self, latents: Latents<B>) -> KeyValue<B> {
-        let [batch, n, rank] = latents.state.dims();
-        let state = latents.state.reshape([batch * n, rank]);
-        // Two products, so that keys and values lie for themselves and none is cut out of the other.
-        let part = |start, width| {
-            let weight = self.per_head().narrow(2, start, width);
-            let weight = weight.reshape([rank, self.heads * width]);
-            state
-                .clone()
-                .matmul(weight)
-                .reshape([batch, n, self.heads, width])
-                .swap_dims(1, 2)
-        };
-        KeyValue {
-            k: part(0, self.key),
-            shared: latents.rope.map(|rope| rope.unsqueeze_dim(1)),
-            v: part(self.key, self.value),
-        }
-    }
-
     /// The latents as one key/value head.
     fn absorb(latents: Latents<B>) -> KeyValue<B> {
         let state = latents.state.unsqueeze_dim::<4>(1);
@@ -151,6 +130,25 @@ impl<B: Backend> LatentExpansion<B> {
 }
 
 impl<B: AttentionBackend> LatentExpansion<B> {
+    /// Keys and values of every head.
+    fn expand(&self, latents: Latents<B>) -> KeyValue<B> {
+        let [batch, n, rank] = latents.state.dims();
+        let state = latents.state.reshape([batch * n, rank]);
+        // Two products, so that keys and values lie for themselves and none is cut out of the other.
+        let part = |start, width| {
+            let weight = self.per_head().narrow(2, start, width);
+            let weight = weight.reshape([rank, self.heads * width]);
+            B::product(state.clone(), weight)
+                .reshape([batch, n, self.heads, width])
+                .swap_dims(1, 2)
+        };
+        KeyValue {
+            k: part(0, self.key),
+            shared: latents.rope.map(|rope| rope.unsqueeze_dim(1)),
+            v: part(self.key, self.value),
+        }
+    }
+
     /// Attention from `q [batch, tokens, heads, key + rope]` in the cheaper of the two forms: heads' outputs
     /// `[batch, heads, queries, value]`, and the weights if they are wanted.
     ///

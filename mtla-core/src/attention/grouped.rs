@@ -10,10 +10,11 @@ use burn::{
 use super::{
     AttentionInput, AttentionOutput, DenseConfig, RotaryPair,
     input::{Span, dropout, weights_by_token},
-    join_heads, project,
+    join_heads,
 };
 use crate::{
     cache::{CacheSpec, LayerPool, PrefillPlan, StepPlan},
+    linear::project,
     ops::{
         AttendOperands, AttendProblem, AttentionBackend, DecodeOperands, DecodeProblem, KeyValue,
         Keys, SlotLayout, Visibility, plain,

@@ -21,11 +21,12 @@ use super::{
     AttentionInput, AttentionOutput, LatentConfig, RotaryPair,
     expansion::{LatentExpansion, LatentKeys, Latents},
     input::{dropout, weights_by_token},
-    join_heads, project,
+    join_heads,
     query::QueryProjection,
 };
 use crate::{
     cache::{CacheSpec, LayerPool, PrefillPlan, StepPlan},
+    linear::project,
     ops::{
         AttendProblem, AttentionBackend, DecodeOperands, DecodeProblem, SlotLayout, Visibility,
         plain,

@@ -21,7 +21,6 @@ mod query;
 
 use burn::{
     module::Module,
-    nn::Linear,
     tensor::{Tensor, backend::Backend},
 };
 
@@ -167,16 +166,6 @@ impl<B: AttentionBackend> Attention<B> {
             Self::Latent(layer) => layer.step(x, plan, pool),
         }
     }
-}
-
-/// A linear map of tokens. Burn would make a product of its own of each row of the batch, and add up as many
-/// gradients of the weight; over plain rows it is one.
-fn project<B: Backend, const D: usize>(linear: &Linear<B>, x: Tensor<B, D>) -> Tensor<B, D> {
-    let mut shape = x.dims();
-    let rows = shape[..D - 1].iter().product();
-    let y = linear.forward(x.reshape([rows, shape[D - 1]]));
-    shape[D - 1] = y.dims()[1];
-    y.reshape(shape)
 }
 
 /// The output of attention heads `[batch, heads, tokens, width]` as `[batch, tokens, heads · width]`.

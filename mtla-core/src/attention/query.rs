@@ -6,7 +6,7 @@ use burn::{
     tensor::{Tensor, backend::Backend},
 };
 
-use super::project;
+use crate::{linear::project, ops::AttentionBackend};
 
 /// One linear map, or a low-rank one (`q_lora_rank > 0`).
 #[derive(Module, Debug)]
@@ -44,7 +44,9 @@ impl<B: Backend> QueryProjection<B> {
             wq_b: linear(rank, width),
         })
     }
+}
 
+impl<B: AttentionBackend> QueryProjection<B> {
     pub(super) fn forward<const D: usize>(&self, x: Tensor<B, D>) -> Tensor<B, D> {
         match self {
             Self::Full(wq) => project(wq, x),

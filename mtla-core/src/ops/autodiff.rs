@@ -13,7 +13,9 @@ use burn_autodiff::{
     ops::{Backward, Ops, OpsKind},
 };
 
-use super::{AttendOperands, AttendProblem, AttentionBackend, Derivatives, KeyValue, Keys};
+use super::{
+    Activation, AttendOperands, AttendProblem, AttentionBackend, Derivatives, KeyValue, Keys,
+};
 use crate::rope::Rotary;
 
 type Float<B> = <B as BackendTypes>::FloatTensorPrimitive;
@@ -33,7 +35,7 @@ pub(super) fn attend<B: AttentionBackend, C: CheckpointStrategy>(
         let part = part.unwrap_or_else(|| Tensor::from_inner(Tensor::empty([1; 4], &device)));
         primitive(part)
     });
-    let backward = move |grad| {
+    let backward = move |grad, _| {
         let (inner, forward) = (inner.clone(), forward.clone());
         parts((native.attend_backward)(
             inner,
@@ -59,6 +61,43 @@ fn parts<B: Backend>(operands: AttendOperands<B>) -> [Option<Tensor<B, 4>>; 7] {
     [Some(operands.q), k, shared, v, own_k, own_shared, own_v]
 }
 
+/// [`product`](AttentionBackend::product), whose gradients are products too.
+pub(super) fn product<B: AttentionBackend, C: CheckpointStrategy>(
+    a: Tensor<Autodiff<B, C>, 2>,
+    b: Tensor<Autodiff<B, C>, 2>,
+) -> Tensor<Autodiff<B, C>, 2> {
+    let (inner_a, inner_b) = (a.clone().inner(), b.clone().inner());
+    let backward = move |grad, [of_a, of_b]: [bool; 2]| {
+        let grad = tensor::<B, 2>(grad);
+        let of_a = of_a.then(|| B::product(grad.clone(), inner_b.clone().transpose()));
+        let of_b = of_b.then(|| B::product(inner_a.clone().transpose(), grad));
+        [of_a, of_b].map(|grad| grad.map(primitive))
+    };
+    tensor(record::<B, C, 2>(
+        [primitive(a), primitive(b)],
+        |[a, b]| primitive(B::product(tensor(a), tensor(b))),
+        backward,
+    ))
+}
+
+/// [`activate`](AttentionBackend::activate) by `native`.
+pub(super) fn activate<B: AttentionBackend, C: CheckpointStrategy>(
+    x: Tensor<Autodiff<B, C>, 2>,
+    activation: Activation,
+    native: Derivatives<B>,
+) -> Tensor<Autodiff<B, C>, 2> {
+    let inner = x.clone().inner();
+    let backward = move |grad, _| {
+        let grad = (native.activate_backward)(inner.clone(), activation, tensor(grad));
+        [Some(primitive(grad))]
+    };
+    tensor(record::<B, C, 1>(
+        [primitive(x)],
+        |[x]| primitive(B::activate(tensor(x), activation)),
+        backward,
+    ))
+}
+
 /// [`rotate`](AttentionBackend::rotate): its backward pass turns back.
 pub(super) fn rotate<B: AttentionBackend, C: CheckpointStrategy>(
     x: Tensor<Autodiff<B, C>, 4>,
@@ -71,7 +110,7 @@ pub(super) fn rotate<B: AttentionBackend, C: CheckpointStrategy>(
     tensor(record::<B, C, 1>(
         [primitive(x)],
         |[x]| rotate(x, &forth),
-        move |grad| [Some(rotate(grad, &back))],
+        move |grad, _| [Some(rotate(grad, &back))],
     ))
 }
 
@@ -83,7 +122,7 @@ pub(super) fn gate_and_merge<B: AttentionBackend, C: CheckpointStrategy>(
     native: Derivatives<B>,
 ) -> Tensor<Autodiff<B, C>, 3> {
     let (inner, inner_gates) = (latents.clone().inner(), gates.clone().inner());
-    let backward = move |grad| {
+    let backward = move |grad, _| {
         let (latents, gates) = (inner.clone(), inner_gates.clone());
         let (latents, gates) =
             (native.gate_and_merge_backward)(latents, gates, stride, tensor(grad));
@@ -105,11 +144,11 @@ fn tensor<B: Backend, const D: usize>(x: Float<B>) -> Tensor<B, D> {
 }
 
 /// A node that is computed by `forward` from the values of its parents, and whose gradient `backward` turns
-/// into those of its parents.
+/// into those of its parents; it is told which of them have one.
 fn record<B: Backend, C: CheckpointStrategy, const N: usize>(
     parents: [Float<Autodiff<B, C>>; N],
     forward: impl FnOnce([Float<B>; N]) -> Float<B>,
-    backward: impl Fn(Float<B>) -> [Option<Float<B>>; N] + Send + Sync + 'static,
+    backward: impl Fn(Float<B>, [bool; N]) -> [Option<Float<B>>; N] + Send + Sync + 'static,
 ) -> Float<Autodiff<B, C>> {
     let nodes = parents.each_ref().map(|parent| parent.node.clone());
     // The values are moved, so that an operation may work in place.
@@ -130,7 +169,7 @@ struct Node<B>(PhantomData<B>);
 /// From the gradient of a node to those of its parents.
 struct Derivative<B: Backend, const N: usize>(
     #[expect(clippy::type_complexity, reason = "it is written once")]
-    Arc<dyn Fn(Float<B>) -> [Option<Float<B>>; N] + Send + Sync>,
+    Arc<dyn Fn(Float<B>, [bool; N]) -> [Option<Float<B>>; N] + Send + Sync>,
 );
 
 impl<B: Backend, const N: usize> Clone for Derivative<B, N> {
@@ -150,7 +189,8 @@ impl<B: Backend, const N: usize> Backward<B, N> for Node<B> {
 
     fn backward(self, ops: Ops<Self::State, N>, grads: &mut Gradients, _: &mut Checkpointer) {
         let grad = grads.consume::<B>(&ops.node);
-        for (parent, grad) in ops.parents.into_iter().zip(ops.state.0(grad)) {
+        let wanted = ops.parents.each_ref().map(Option::is_some);
+        for (parent, grad) in ops.parents.into_iter().zip(ops.state.0(grad, wanted)) {
             if let (Some(parent), Some(grad)) = (parent, grad) {
                 grads.register::<B>(parent.id, grad);
             }

@@ -4,7 +4,8 @@ use burn::tensor::{Int, Tensor};
 use burn_autodiff::{Autodiff, checkpoint::strategy::CheckpointStrategy};
 
 use super::{
-    AttendOperands, AttendProblem, AttentionBackend, DecodeOperands, DecodeProblem, autodiff, plain,
+    Activation, AttendOperands, AttendProblem, AttentionBackend, DecodeOperands, DecodeProblem,
+    autodiff, plain,
 };
 use crate::rope::Rotary;
 
@@ -15,6 +16,17 @@ impl<B: AttentionBackend, C: CheckpointStrategy> AttentionBackend for Autodiff<B
         match B::derivatives() {
             Some(native) => autodiff::attend(operands, problem, native),
             None => plain::attend(operands, problem),
+        }
+    }
+
+    fn product(a: Tensor<Self, 2>, b: Tensor<Self, 2>) -> Tensor<Self, 2> {
+        autodiff::product(a, b)
+    }
+
+    fn activate(x: Tensor<Self, 2>, activation: Activation) -> Tensor<Self, 2> {
+        match B::derivatives() {
+            Some(native) => autodiff::activate(x, activation, native),
+            None => activation.plain(x),
         }
     }
 
@@ -86,7 +98,8 @@ mod flex {
 
     use super::Rotary;
     use super::{
-        AttendOperands, AttendProblem, AttentionBackend, DecodeOperands, DecodeProblem, Int, Tensor,
+        Activation, AttendOperands, AttendProblem, AttentionBackend, DecodeOperands, DecodeProblem,
+        Int, Tensor,
     };
     use crate::ops::{Derivatives, host};
 
@@ -99,8 +112,17 @@ mod flex {
             Some(Derivatives {
                 attend: host::attend,
                 attend_backward: host::attend_backward,
+                activate_backward: host::activate_backward,
                 gate_and_merge_backward: host::gate_and_merge_backward,
             })
+        }
+
+        fn product(a: Tensor<Self, 2>, b: Tensor<Self, 2>) -> Tensor<Self, 2> {
+            host::product(a, b)
+        }
+
+        fn activate(x: Tensor<Self, 2>, activation: Activation) -> Tensor<Self, 2> {
+            host::activate(x, activation)
         }
 
         fn rotate(x: Tensor<Self, 4>, rotary: &Rotary<Self>, first: usize) -> Tensor<Self, 4> {

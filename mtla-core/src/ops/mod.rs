@@ -11,6 +11,7 @@
 //! compared with. A backend becomes usable with one line, `impl AttentionBackend for MyBackend {}`, and
 //! overrides a method where it has something better.
 
+mod activation;
 mod autodiff;
 mod backends;
 mod dropout;
@@ -25,6 +26,7 @@ use burn::tensor::{Int, Tensor, backend::Backend};
 
 use crate::rope::Rotary;
 
+pub use activation::Activation;
 pub use dropout::Dropout;
 pub use launches::{LaunchKind, launches};
 pub use operands::{AttendForward, AttendOperands, DecodeOperands, Derivatives, KeyValue, Keys};
@@ -49,6 +51,19 @@ pub trait AttentionBackend: Backend {
     /// uses them.
     fn derivatives() -> Option<Derivatives<Self>> {
         None
+    }
+
+    /// The matrix product of `a [m, k]` and `b [k, n]`, with any strides.
+    ///
+    /// # Panics
+    /// If the shapes do not fit each other.
+    fn product(a: Tensor<Self, 2>, b: Tensor<Self, 2>) -> Tensor<Self, 2> {
+        a.matmul(b)
+    }
+
+    /// An activation function of every entry.
+    fn activate(x: Tensor<Self, 2>, activation: Activation) -> Tensor<Self, 2> {
+        activation.plain(x)
     }
 
     /// Turns the channels from `first` on of every head of `x [rows, tokens, heads, width]` by the angles of

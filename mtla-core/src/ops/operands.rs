@@ -3,7 +3,7 @@
 use burn::tensor::{Int, Tensor, backend::Backend};
 use burn_autodiff::{Autodiff, checkpoint::strategy::CheckpointStrategy};
 
-use super::{AttendProblem, DecodeProblem};
+use super::{Activation, AttendProblem, DecodeProblem};
 
 /// Keys and values that queries attend to.
 #[derive(Debug, Clone)]
@@ -130,6 +130,9 @@ pub struct Derivatives<B: Backend> {
     /// result.
     pub attend_backward:
         fn(AttendOperands<B>, &AttendProblem, AttendForward<B>, Tensor<B, 4>) -> AttendOperands<B>,
+    /// The gradient of [`activate`](super::AttentionBackend::activate)'s input from that and the gradient of its
+    /// result.
+    pub activate_backward: fn(Tensor<B, 2>, Activation, Tensor<B, 2>) -> Tensor<B, 2>,
     /// The gradients of latents and gates from those of
     /// [`gate_and_merge`](super::AttentionBackend::gate_and_merge)'s result: latents, gates, stride, gradient.
     pub gate_and_merge_backward:

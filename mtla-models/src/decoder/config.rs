@@ -32,6 +32,8 @@ pub enum NormKind {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FeedForwardKind {
+    /// `W_down max(W_up x, 0)` (Vaswani et al. 2017): the cheapest.
+    Relu,
     /// `W_down gelu(W_up x)`.
     #[default]
     Gelu,
@@ -170,11 +172,11 @@ impl DecoderConfig {
         self.attention.d_model()
     }
 
-    /// Inner width of the feed-forward sublayer. Unless given `4 d_model` for GELU, and for `SwiGLU`, which
-    /// has three matrices instead of two, `8/3 d_model` rounded up to a multiple of 8.
+    /// Inner width of the feed-forward sublayer. Unless given `4 d_model`, and for `SwiGLU`, which has three
+    /// matrices instead of two, `8/3 d_model` rounded up to a multiple of 8.
     pub fn d_ff(&self) -> usize {
         let usual = match self.feed_forward {
-            FeedForwardKind::Gelu => 4 * self.d_model(),
+            FeedForwardKind::Relu | FeedForwardKind::Gelu => 4 * self.d_model(),
             FeedForwardKind::SwiGlu => (8 * self.d_model()).div_ceil(3).next_multiple_of(8),
         };
         self.d_ff.unwrap_or(usual)
@@ -275,6 +277,7 @@ impl DecoderConfig {
             attention: self.attention.init(device)?,
             feed_forward_norm: self.norm(device),
             feed_forward: FeedForward {
+                kind: self.feed_forward,
                 gate: gated.then(|| linear(d_model, d_ff)),
                 up: linear(d_model, d_ff),
                 down: linear(d_ff, d_model),

@@ -3,13 +3,15 @@
 use burn::{
     module::Module,
     nn::{Linear, norm::Normalization},
-    tensor::{
-        Distribution, Tensor,
-        activation::{gelu, silu},
-        backend::Backend,
-    },
+    tensor::{Distribution, Tensor, activation::relu, backend::Backend},
 };
-use mtla_core::attention::Attention;
+use mtla_core::{
+    attention::Attention,
+    linear::project,
+    ops::{Activation, AttentionBackend},
+};
+
+use super::FeedForwardKind;
 
 /// A layer of a [`Decoder`](super::Decoder).
 #[derive(Module, Debug)]
@@ -24,11 +26,12 @@ pub struct DecoderLayer<B: Backend> {
     pub feed_forward: FeedForward<B>,
 }
 
-/// A feed-forward network of one hidden layer: `W_down gelu(W_up x)`, or with a gate
-/// `W_down (silu(W_gate x) ⊙ W_up x)`.
+/// A feed-forward network of one hidden layer; see [`FeedForwardKind`].
 #[derive(Module, Debug)]
 pub struct FeedForward<B: Backend> {
-    /// `d_model → d_ff`.
+    /// What it computes.
+    pub kind: FeedForwardKind,
+    /// `d_model → d_ff`, where the kind has a gate.
     pub gate: Option<Linear<B>>,
     /// `d_model → d_ff`.
     pub up: Linear<B>,
@@ -36,7 +39,7 @@ pub struct FeedForward<B: Backend> {
     pub down: Linear<B>,
 }
 
-impl<B: Backend> DecoderLayer<B> {
+impl<B: AttentionBackend> DecoderLayer<B> {
     /// The layer around an attention call: `x [.., d_model]` → `[.., d_model]`, with the given dropout on
     /// what the sublayers add.
     pub(super) fn forward<const D: usize>(
@@ -62,15 +65,32 @@ impl<B: Backend> DecoderLayer<B> {
     }
 }
 
-impl<B: Backend> FeedForward<B> {
+impl<B: AttentionBackend> FeedForward<B> {
     /// `x [.., d_model]` → `[.., d_model]`.
+    ///
+    /// # Panics
+    /// If the kind has a gate and there is none.
     pub fn forward<const D: usize>(&self, x: Tensor<B, D>) -> Tensor<B, D> {
-        let inner = match &self.gate {
-            Some(gate) => silu(gate.forward(x.clone())) * self.up.forward(x),
-            None => gelu(self.up.forward(x)),
+        let up = project(&self.up, x.clone());
+        let inner = match (self.kind, &self.gate) {
+            (FeedForwardKind::Relu, _) => relu(up),
+            (FeedForwardKind::Gelu, _) => activate(up, Activation::Gelu),
+            (FeedForwardKind::SwiGlu, Some(gate)) => {
+                activate(project(gate, x), Activation::Silu) * up
+            }
+            (FeedForwardKind::SwiGlu, None) => panic!("a SwiGLU network has a gate"),
         };
-        self.down.forward(inner)
+        project(&self.down, inner)
     }
+}
+
+fn activate<B: AttentionBackend, const D: usize>(
+    x: Tensor<B, D>,
+    activation: Activation,
+) -> Tensor<B, D> {
+    let shape = x.dims();
+    let rows = shape[..D - 1].iter().product();
+    B::activate(x.reshape([rows, shape[D - 1]]), activation).reshape(shape)
 }
 
 /// Dropout on activations, drawn from the backend's random numbers.
@@ -106,8 +126,9 @@ mod tests {
             weight: Param::from_data([[weight]], &device),
             bias: None,
         };
-        let forward = |gate: Option<f32>| {
+        let forward = |kind, gate: Option<f32>| {
             let network = FeedForward {
+                kind,
                 gate: gate.map(linear),
                 up: linear(2.0),
                 down: linear(3.0),
@@ -117,8 +138,12 @@ mod tests {
                 .into_scalar()
         };
         // gelu(2) = 2 Φ(2) and silu(-1) = -1 / (1 + e).
-        assert!((forward(None) - 3.0 * 2.0 * 0.977_249_9).abs() < 1e-5);
-        assert!((forward(Some(-1.0)) + 3.0 * 2.0 * 0.268_941_4).abs() < 1e-5);
+        let gelu = forward(FeedForwardKind::Gelu, None);
+        assert!((gelu - 3.0 * 2.0 * 0.977_249_9).abs() < 1e-5);
+        let relu = forward(FeedForwardKind::Relu, None);
+        assert!((relu - 3.0 * 2.0).abs() < 1e-6);
+        let swi_glu = forward(FeedForwardKind::SwiGlu, Some(-1.0));
+        assert!((swi_glu + 3.0 * 2.0 * 0.268_941_4).abs() < 1e-5);
     }
 
     #[test]

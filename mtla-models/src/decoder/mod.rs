@@ -21,11 +21,12 @@ mod layer;
 use burn::{
     module::Module,
     nn::{Embedding, Linear, norm::Normalization},
-    tensor::{Int, Tensor, backend::Backend, module::linear},
+    tensor::{Int, Tensor, backend::Backend},
 };
 use mtla_core::{
     attention::AttentionInput,
     cache::{Cache, CacheSpec, PrefillPlan, StepPlan},
+    linear::{multiply, project},
     ops::AttentionBackend,
 };
 
@@ -121,18 +122,18 @@ impl<B: Backend> Decoder<B> {
         let slot = spec.layout.width() * self.embedding.weight.dtype().size();
         (slot * self.layers.len()) as f64 / spec.stride as f64
     }
+}
 
+impl<B: AttentionBackend> Decoder<B> {
     /// Logits of hidden states: `x [.., d_model]` → `[.., vocab_size]`.
     fn logits<const D: usize>(&self, x: Tensor<B, D>) -> Tensor<B, D> {
         let x = self.norm.forward(x);
         match &self.head {
-            Some(head) => head.forward(x),
-            None => linear(x, self.embedding.weight.val().transpose(), None),
+            Some(head) => project(head, x),
+            None => multiply(x, self.embedding.weight.val().transpose()),
         }
     }
-}
 
-impl<B: AttentionBackend> Decoder<B> {
     /// Logits of the next token at every place, trainable: tokens `[batch, tokens]` →
     /// `[batch, tokens, vocab_size]`.
     ///

@@ -81,7 +81,7 @@ pub struct TrainerConfig {
     pub batch_size: usize,
     /// Batches that make one optimizer step. The last step of an epoch may have fewer.
     pub accumulation: usize,
-    /// Threads that compute the batches of a step, for processors with several cores and models too small
+    /// How many batches of a step are computed at once, each by its share of the cores: for processors with several cores and models too small
     /// to keep them busy. The result does not depend on it, unless the model draws from the backend's
     /// random numbers, of which there is one sequence for all threads.
     pub workers: usize,

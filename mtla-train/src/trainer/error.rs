@@ -26,6 +26,9 @@ pub enum TrainError {
         /// Why it failed.
         source: io::Error,
     },
+    /// The system gives no more threads.
+    #[error("cannot start the threads of the workers: {0}; train with fewer workers")]
+    Threads(rayon::ThreadPoolBuildError),
     /// Another process trains in the run directory.
     #[error("{} is in use by another process; stop that one or choose another run directory",
         path.display())]

@@ -26,6 +26,7 @@ mod session;
 mod signal;
 mod step;
 mod terminal;
+mod workers;
 
 pub use burn_train::Interrupter;
 pub use checkpoint::{Best, best_checkpoint, load_weights};

@@ -6,6 +6,7 @@ use super::history::{MetricsFile, StepLoss, Window, mean, perplexity, read_metri
 use super::reporter::Reporter;
 use super::run_dir::RunDir;
 use super::step::gradients;
+use super::workers::Workers;
 use super::{MetricLine, TrainMetrics, Trained, Trainer, TrainerConfig, ValidBatches};
 use super::{ValidMetrics, Validated};
 use crate::loss::Objective;
@@ -26,6 +27,7 @@ pub(super) struct Session<'a, B: AutodiffBackend, M: AutodiffModule<B>> {
     run: RunDir,
     checkpoints: Checkpoints,
     optimizer: OptimizerAdaptor<AdamW, M, B>,
+    workers: Workers,
     window: Window<B::InnerBackend>,
     metrics: MetricsFile,
     pub reporter: Reporter,
@@ -61,6 +63,7 @@ where
         let from = newest.map_or("the start".into(), |path| path.display().to_string());
         reporter.note(&format!("training {parameters} parameters from {from}"))?;
         let window = Window::new(state.unlogged.clone());
+        let workers = Workers::new(trainer.config.workers).map_err(TrainError::Threads)?;
         let session = Self {
             state,
             trainer,
@@ -68,6 +71,7 @@ where
             run,
             checkpoints,
             optimizer,
+            workers,
             window,
             metrics,
             reporter,
@@ -108,7 +112,7 @@ where
         let seed = derive(self.config().seed, Stream::Step, step);
         B::seed(self.device(), seed);
         let config = self.config();
-        let (clip, workers) = (config.clip_norm, config.workers);
+        let (clip, workers) = (config.clip_norm, &self.workers);
         let found = gradients::<B, M>(&model, batches, clip, workers, (step, seed))?;
         self.window.push(step, found.loss, found.norm, found.tokens);
         Ok(self

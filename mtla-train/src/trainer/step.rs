@@ -1,6 +1,7 @@
 //! One optimizer step: the gradients of its batches, added, scaled and clipped.
 
 use super::error::TrainError;
+use super::workers::Workers;
 use crate::loss::Objective;
 use crate::seed::{Stream, derive};
 use burn::module::{AutodiffModule, ModuleVisitor, Param};
@@ -32,30 +33,43 @@ struct Part<B: AutodiffBackend> {
 /// the first batch's, and the sum is divided by the sum of the weights: all numbers stay near 1,
 /// whatever the precision.
 ///
-/// Batches are computed on up to `workers` threads and added in their order, so that the result
+/// Batches are computed by the `workers` and added in their order, so that the result
 /// does not depend on how many there are.
 pub(super) fn gradients<B, M>(
     model: &M,
     batches: Vec<M::Batch>,
     clip: Option<f64>,
-    workers: usize,
+    workers: &Workers,
     (step, seed): (usize, u64),
 ) -> Result<Gradients<B>, TrainError>
 where
     B: AutodiffBackend,
     M: AutodiffModule<B> + Objective<B>,
 {
-    let workers = workers.min(batches.len());
+    let device = model.devices()[0].clone();
     let mut accumulator = GradientsAccumulator::new();
     let mut losses = Vec::new();
     let mut tokens: Vec<usize> = Vec::new();
     let mut numbered = batches.into_iter().enumerate();
     loop {
-        let turn: Vec<_> = numbered.by_ref().take(workers).collect();
+        let turn: Vec<_> = numbered.by_ref().take(workers.count()).collect();
         if turn.is_empty() {
             break;
         }
-        for part in parts::<B, M>(model, turn, seed) {
+        // Each has a graph of its own, or they would wait for each other.
+        let turn = turn.into_iter().map(|batch| {
+            let model = model.clone();
+            let model = if workers.count() > 1 {
+                model.fork(&device)
+            } else {
+                model
+            };
+            (model, batch)
+        });
+        let parts = workers.map(turn.collect(), |(model, batch)| {
+            part::<B, M>(&model, batch, seed)
+        });
+        for part in parts {
             if part.tokens == 0 {
                 return Err(TrainError::EmptyBatch { step });
             }
@@ -93,36 +107,6 @@ where
         loss,
         norm,
         tokens: tokens_all,
-    })
-}
-
-/// The parts of a step from the batches of one turn, each on a thread of its own.
-fn parts<B, M>(model: &M, turn: Vec<(usize, M::Batch)>, seed: u64) -> Vec<Part<B>>
-where
-    B: AutodiffBackend,
-    M: AutodiffModule<B> + Objective<B>,
-{
-    let device = model.devices()[0].clone();
-    if turn.len() < 2 {
-        return turn.into_iter().map(|one| part(model, one, seed)).collect();
-    }
-    std::thread::scope(|scope| {
-        let threads: Vec<_> = turn
-            .into_iter()
-            .map(|one| {
-                // A graph of its own, or the threads would wait for each other.
-                let model = model.clone().fork(&device);
-                scope.spawn(move || part(&model, one, seed))
-            })
-            .collect();
-        threads
-            .into_iter()
-            .map(|thread| {
-                thread
-                    .join()
-                    .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-            })
-            .collect()
     })
 }
 
@@ -235,7 +219,8 @@ mod tests {
         let batch =
             |rows: &&[&[u32]]| TextBatcher.batch(rows.iter().map(block).collect(), &FlexDevice);
         let batches = batches.iter().map(batch).collect();
-        let found = gradients::<B, _>(&model, batches, clip, workers, (1, 0)).unwrap();
+        let workers = Workers::new(workers).unwrap();
+        let found = gradients::<B, _>(&model, batches, clip, &workers, (1, 0)).unwrap();
         let grad = found.grads.get::<Flex, 2>(model.table.weight.id).unwrap();
         let grad = grad.into_data().to_vec().unwrap();
         (
@@ -295,7 +280,8 @@ mod tests {
             lengths: vec![0],
             ..batch
         };
-        let error = gradients::<B, _>(&model, vec![empty], None, 1, (9, 0))
+        let workers = Workers::new(1).unwrap();
+        let error = gradients::<B, _>(&model, vec![empty], None, &workers, (9, 0))
             .err()
             .unwrap();
         assert!(error.to_string().contains("no tokens at step 9"), "{error}");

@@ -7,7 +7,10 @@ use std::marker::PhantomData;
 
 use burn_flex::FlexTensor;
 
-use super::real::{Real, add_scaled};
+use super::{
+    real::{Real, add_scaled},
+    threads::parallelism,
+};
 
 /// A matrix somewhere in memory.
 #[derive(Clone, Copy)]
@@ -54,6 +57,38 @@ impl<'a, R: Real> Matrix<'a, R> {
         }
     }
 
+    /// A view of `tensor [rows, columns]`, whose strides are not negative (see [`in_order`]).
+    pub(super) fn of(tensor: &'a FlexTensor) -> Self {
+        let layout = tensor.layout();
+        let (shape, strides) = (layout.shape(), layout.strides());
+        let [rows, columns] = [shape[0], shape[1]];
+        let memory = tensor.storage::<R>();
+        let offset = layout.start_offset();
+        assert!(strides[0] >= 0 && strides[1] >= 0);
+        if rows > 0 && columns > 0 {
+            let last = (rows - 1) * strides[0] as usize + (columns - 1) * strides[1] as usize;
+            assert!(offset + last < memory.len());
+        }
+        Self {
+            start: memory.as_ptr().wrapping_add(offset),
+            rows,
+            columns,
+            row_stride: strides[0],
+            column_stride: strides[1],
+            memory: PhantomData,
+        }
+    }
+
+    /// `self · right`, on all cores if it is worth it.
+    pub(super) fn product(self, right: Self) -> Vec<R> {
+        let (m, n) = (self.rows, right.columns);
+        let mut target = vec![R::default(); m * n];
+        let one = R::of(1.0);
+        let cores = parallelism(m * n * self.columns);
+        self.gemm(right, one, &mut target, n, false, cores);
+        target
+    }
+
     /// `target ← factor · self · right (+ target)`, where target has rows of `row_stride` entries.
     pub(super) fn times(
         self,
@@ -62,6 +97,19 @@ impl<'a, R: Real> Matrix<'a, R> {
         target: &mut [R],
         row_stride: usize,
         accumulate: bool,
+    ) {
+        let one_core = gemm::Parallelism::None;
+        self.gemm(right, factor, target, row_stride, accumulate, one_core);
+    }
+
+    fn gemm(
+        self,
+        right: Self,
+        factor: R,
+        target: &mut [R],
+        row_stride: usize,
+        accumulate: bool,
+        cores: gemm::Parallelism,
     ) {
         let (m, n, k) = (self.rows, right.columns, self.columns);
         assert!(right.rows == k && (m == 0 || (m - 1) * row_stride + n <= target.len()));
@@ -87,7 +135,7 @@ impl<'a, R: Real> Matrix<'a, R> {
                 false,
                 false,
                 false,
-                gemm::Parallelism::None,
+                cores,
             );
         }
     }
@@ -154,6 +202,14 @@ impl<'a, R: Real> Heads<'a, R> {
         let start = self.offset + b * batch + h * head + i * token;
         Matrix::new(&self.memory[start..], n, self.width, head)
     }
+}
+
+/// `tensor` without negative strides, copied only if it has some.
+pub(super) fn in_order(tensor: FlexTensor) -> FlexTensor {
+    if tensor.layout().strides().iter().all(|stride| *stride >= 0) {
+        return tensor;
+    }
+    tensor.to_contiguous()
 }
 
 /// `tensor` with rows that lie in one piece, copied only if they do not yet.

@@ -12,18 +12,22 @@
 //! * `softmax.rs` is the online softmax of both;
 //! * `keys.rs` knows how keys are put together, and where their gradients go;
 //! * `rotate.rs` and `merge.rs` are what happens to queries and latents before, one pass each;
+//! * `activation.rs` has the activation functions of feed-forward networks;
+//! * `product.rs` is the product of two matrices, of projections;
 //! * `matrix.rs` holds the views that matrix products are made of, and all unsafe code;
 //! * `threads.rs` gives them to the cores;
 //! * `real.rs` has the vectorised passes over rows, with the exponential.
 //!
 //! Everything is computed in 32 bits for half-precision tensors, and in 64 bits for `f64`.
 
+mod activation;
 mod attend_backward;
 mod attend_forward;
 mod decode;
 mod keys;
 mod matrix;
 mod merge;
+mod product;
 mod real;
 mod rotate;
 mod softmax;
@@ -42,8 +46,10 @@ use matrix::{Heads, NewHeads, in_rows};
 use real::Real;
 use tile::Plan;
 
+pub(super) use activation::{activate, activate_backward};
 pub(super) use decode::decode;
 pub(super) use merge::{gate_and_merge, gate_and_merge_backward};
+pub(super) use product::product;
 pub(super) use rotate::rotate;
 
 /// Views of the operands of an attention.

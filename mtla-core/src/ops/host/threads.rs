@@ -32,3 +32,14 @@ pub(super) fn for_each_mut<T: Send>(
     let _ = (elements, WORTH_IT);
     items.iter_mut().for_each(work);
 }
+
+/// The cores for one large product.
+pub(super) fn parallelism(multiplications: usize) -> gemm::Parallelism {
+    const WORTH_IT: usize = 1 << 22;
+    #[cfg(not(target_family = "wasm"))]
+    if multiplications > WORTH_IT {
+        return gemm::Parallelism::Rayon(0);
+    }
+    let _ = (multiplications, WORTH_IT);
+    gemm::Parallelism::None
+}
