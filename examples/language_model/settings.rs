@@ -191,7 +191,7 @@ impl Settings {
                 .with_feed_forward(FeedForwardKind::SwiGlu)
         };
         let trainer = TrainerConfig {
-            length: Length::Steps(if stories { 2300 } else { 1500 }),
+            length: Length::Steps(if stories { 3000 } else { 1500 }),
             batch_size: 8,
             accumulation: 2,
             workers: 2,

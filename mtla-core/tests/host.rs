@@ -5,7 +5,10 @@
 
 mod common;
 
-use burn::tensor::{DType, FloatDType, Tensor, TensorData};
+use burn::tensor::{
+    DType, FloatDType, Tensor, TensorData,
+    activation::{gelu, silu},
+};
 use burn_autodiff::Autodiff;
 use burn_flex::{Flex, FlexDevice};
 use common::{Numbers, check, values};
@@ -13,8 +16,8 @@ use mtla_core::{
     attention::{AttentionConfig, AttentionInput},
     cache::Cache,
     ops::{
-        AttendOperands, AttendProblem, AttentionBackend, DecodeOperands, DecodeProblem, Dropout,
-        KeyValue, Keys, LaunchKind, SlotLayout, Visibility, launches, plain,
+        Activation, AttendOperands, AttendProblem, AttentionBackend, DecodeOperands, DecodeProblem,
+        Dropout, KeyValue, Keys, LaunchKind, SlotLayout, Visibility, launches, plain,
     },
     rope::{RotaryConfig, RotaryLayout},
 };
@@ -348,6 +351,111 @@ fn gradients_are_finite_differences() {
             }
         }
     });
+}
+
+/// Two random factors, each straight, transposed, reversed or a part of something larger.
+fn factors(seed: u64, dtype: DType) -> [Tensor<Train, 2>; 2] {
+    let mut n = Numbers::new(seed);
+    let sizes = [1, 2, 7, 33, 190];
+    let mut size = || sizes[n.below(sizes.len())];
+    let [m, k, n_] = [size(), size(), size()];
+    let mut draw = |rows: usize, columns: usize| {
+        let mut of = |rows: usize, columns: usize| {
+            let data = TensorData::new(n.normals(rows * columns), [rows, columns]);
+            Tensor::<Train, 2>::from_data(data.convert_dtype(dtype), (&FlexDevice, dtype))
+        };
+        let way = rows * 7 + columns * 3 + seed as usize;
+        match way % 4 {
+            0 => of(rows, columns),
+            1 => of(columns, rows).transpose(),
+            2 => of(rows + 3, columns + 2).slice([2..rows + 2, 1..columns + 1]),
+            _ => of(rows, columns).flip([0, 1]),
+        }
+    };
+    [draw(m, k), draw(k, n_)]
+}
+
+#[test]
+fn products_are_those_of_the_backend() {
+    check(96, any::<u64>(), |seed| {
+        for (dtype, tolerance) in [(DType::F32, 1e-5), (DType::F64, 1e-12), (DType::F16, 0.0)] {
+            let [a, b] = factors(seed, dtype);
+            let shape = [a.dims()[0], b.dims()[1]];
+            let (a, b) = (a.detach().require_grad(), b.detach().require_grad());
+            let cotangent = Tensor::<Train, 2>::ones(shape, (&FlexDevice, dtype))
+                .cumsum(0)
+                .cumsum(1)
+                / (1 + shape[0] * shape[1]) as f64;
+            let of = |product: fn(Tensor<Train, 2>, Tensor<Train, 2>) -> Tensor<Train, 2>| {
+                let y = product(a.clone(), b.clone());
+                assert_eq!((y.dims(), y.dtype()), (shape, dtype));
+                let grads = (y.clone() * cotangent.clone()).sum().backward();
+                let grad = |x: &Tensor<Train, 2>| values(x.grad(&grads).expect("a gradient"));
+                [values(y.inner()), grad(&a), grad(&b)]
+            };
+            let (host, burn) = (of(Train::product), of(Tensor::matmul));
+            assert_close(&host, &burn, tolerance, "product");
+        }
+    });
+}
+
+#[test]
+fn products_of_nothing_are_zeros() {
+    for [m, k, n] in [[0, 3, 2], [3, 0, 2], [3, 2, 0], [0, 0, 0]] {
+        let ones = |shape| Tensor::<Flex, 2>::ones(shape, &FlexDevice);
+        let y = Flex::product(ones([m, k]), ones([k, n]));
+        assert_eq!(y.dims(), [m, n]);
+        assert!(values(y).iter().all(|x| *x == 0.0));
+    }
+}
+
+#[test]
+fn a_constant_factor_gets_no_gradient() {
+    let [a, b] = [(), ()].map(|()| Tensor::<Train, 2>::ones([3, 3], &FlexDevice));
+    let a = a.require_grad();
+    let grads = Train::product(a.clone(), b.clone()).sum().backward();
+    assert!(a.grad(&grads).is_some() && b.grad(&grads).is_none());
+}
+
+#[test]
+#[should_panic(expected = "product of [2, 3] and [4, 5]: the inner lengths differ")]
+fn factors_that_do_not_fit_are_told() {
+    let ones = |shape| Tensor::<Flex, 2>::ones(shape, &FlexDevice);
+    let _ = Flex::product(ones([2, 3]), ones([4, 5]));
+}
+
+#[test]
+fn activations_are_those_of_the_backend() {
+    let mut n = Numbers::new(5);
+    let mut numbers = n.normals(9991);
+    numbers.extend([0.0, -0.0, 30.0, -30.0, 200.0, -200.0, 1e30, -1e30, 1e-30]);
+    for (dtype, tolerance) in [(DType::F32, 5e-7), (DType::F64, 1e-12), (DType::F16, 1e-3)] {
+        // No number above what the type holds.
+        let most = if dtype == DType::F16 { 6e4 } else { 1e30 };
+        let numbers = numbers.iter().map(|x| x.clamp(-most, most)).collect();
+        let data = TensorData::new::<f64, _>(numbers, [1250, 8]).convert_dtype(dtype);
+        let x = Tensor::<Train, 2>::from_data(data, (&FlexDevice, dtype)).require_grad();
+        for activation in [Activation::Gelu, Activation::Silu] {
+            let of = |f: &dyn Fn(Tensor<Train, 2>) -> Tensor<Train, 2>| {
+                let y = f(x.clone());
+                let grads = y.clone().sum().backward();
+                let grad = values(x.grad(&grads).expect("a gradient"));
+                [values(y.inner()), grad]
+            };
+            let host = of(&|x| Train::activate(x, activation));
+            let burn = of(&|x| match activation {
+                Activation::Gelu => gelu(x),
+                Activation::Silu => silu(x),
+            });
+            for (host, burn) in host.iter().flatten().zip(burn.iter().flatten()) {
+                let close = (host - burn).abs() <= tolerance * burn.abs().max(1.0);
+                assert!(
+                    close,
+                    "{activation:?} in {dtype:?}: {host}, expected {burn}"
+                );
+            }
+        }
+    }
 }
 
 #[test]

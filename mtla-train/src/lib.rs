@@ -14,6 +14,7 @@ pub mod data;
 pub mod language_model;
 pub mod metric;
 
+mod disk;
 mod loss;
 mod plot;
 mod schedule;

@@ -10,13 +10,12 @@
 //! that Python reads it too. A part of that file says how text is to be taken apart; it is always the
 //! same here, and a file that says otherwise is refused.
 
+use crate::disk::replace;
 use serde::Deserialize;
 use serde_json::Value;
 use std::{
     error::Error,
-    fs::{self, File},
-    io::{self, Write},
-    iter,
+    fs, io, iter,
     ops::RangeInclusive,
     path::{Path, PathBuf},
 };
@@ -182,23 +181,13 @@ impl Vocabulary {
     /// If the file cannot be written.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<(), VocabularyError> {
         let path = path.as_ref();
-        let unfinished = path.with_added_extension("unfinished");
         let text = self
             .tokenizer
             .to_string(true)
             .expect("a vocabulary has a JSON form");
-        let write = || {
-            let mut file = File::create(&unfinished)?;
-            file.write_all(text.as_bytes())?;
-            file.sync_all()?;
-            fs::rename(&unfinished, path)
-        };
-        write().map_err(|source| {
-            fs::remove_file(&unfinished).ok();
-            VocabularyError::Write {
-                path: path.to_owned(),
-                source,
-            }
+        replace(path, text.as_bytes()).map_err(|source| VocabularyError::Write {
+            path: path.to_owned(),
+            source,
         })
     }
 

@@ -7,7 +7,8 @@
 use super::error::TrainError;
 use super::history::StepLoss;
 use super::record_file::{Fingerprint, damaged, read_record, write_record};
-use super::run_dir::{RunDir, UNFINISHED, finish, sync_folder, write_through};
+use super::run_dir::RunDir;
+use crate::disk::{UNFINISHED, finish, sync_folder, write_through};
 use burn::module::{AutodiffModule, Module, ModuleVisitor, Param};
 use burn::optim::Optimizer;
 use burn::tensor::backend::{AutodiffBackend, Backend};
@@ -116,9 +117,11 @@ impl Checkpoints {
                 )?,
             };
             let manifest = serde_json::to_vec_pretty(&manifest).expect("plain data");
-            write_through(&unfinished.join(STATE), &manifest)?;
-            sync_folder(&unfinished)?;
-            finish(&unfinished, &path)
+            let manifest_path = unfinished.join(STATE);
+            write_through(&manifest_path, &manifest)
+                .map_err(TrainError::io("write", &manifest_path))?;
+            sync_folder(&unfinished).map_err(TrainError::io("write", &unfinished))?;
+            finish(&unfinished, &path).map_err(TrainError::io("rename a finished folder to", &path))
         };
         write().inspect_err(|_| drop(fs::remove_dir_all(&unfinished)))?;
         self.prune(state.best)

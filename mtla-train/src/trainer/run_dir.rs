@@ -9,17 +9,13 @@
 //! | `checkpoints/step-…` | weights (`model.mpk`), `optimizer.mpk` and `state.json` |
 //! | `lock` | held while a process trains here |
 //!
-//! Whatever is replaced is written under another name first, forced to the disk and renamed: at any
-//! moment a reader, or a process started after a crash, finds the old file or the new one.
+//! At any moment a reader, or a process started after a crash, finds a file as it was or as it is now.
 
 use super::error::TrainError;
+use crate::disk::replace;
 use serde_json::Value;
 use std::fs::{self, File};
-use std::io::Write;
 use std::path::{Path, PathBuf};
-
-/// The ending of names that are not finished; what is left of them is worth nothing.
-pub(super) const UNFINISHED: &str = "tmp";
 
 /// An open run directory. No other process can open it at the same time.
 #[derive(Debug)]
@@ -65,12 +61,7 @@ impl RunDir {
         let path = self.path(name);
         let folder = path.parent().unwrap_or(&self.root);
         fs::create_dir_all(folder).map_err(TrainError::io("create", folder))?;
-        let mut unfinished = path.clone().into_os_string();
-        unfinished.push(".");
-        unfinished.push(UNFINISHED);
-        let unfinished = PathBuf::from(unfinished);
-        write_through(&unfinished, contents)?;
-        finish(&unfinished, &path)?;
+        replace(&path, contents).map_err(TrainError::io("write", &path))?;
         Ok(path)
     }
 
@@ -103,38 +94,6 @@ impl RunDir {
             differences: differences.join(", "),
         })
     }
-}
-
-/// Writes a file and forces it to the disk; what could not be finished is removed.
-pub(super) fn write_through(path: &Path, contents: &[u8]) -> Result<(), TrainError> {
-    let write = || {
-        let mut file = File::create(path)?;
-        file.write_all(contents)?;
-        file.sync_all()
-    };
-    write().map_err(|source| {
-        fs::remove_file(path).ok();
-        TrainError::Io {
-            action: "write",
-            path: path.to_path_buf(),
-            source,
-        }
-    })
-}
-
-/// Gives a file or directory its final name, for good.
-pub(super) fn finish(unfinished: &Path, path: &Path) -> Result<(), TrainError> {
-    fs::rename(unfinished, path).map_err(TrainError::io("rename a finished file to", path))?;
-    path.parent().map_or(Ok(()), sync_folder)
-}
-
-/// Forces the names in a directory to the disk, where that is a thing to do.
-pub(super) fn sync_folder(path: &Path) -> Result<(), TrainError> {
-    if cfg!(unix) {
-        let sync = || File::open(path)?.sync_all();
-        sync().map_err(TrainError::io("write", path))?;
-    }
-    Ok(())
 }
 
 /// Lists where `then` and `now` differ, as `a.b: 1 then, 2 now`.
