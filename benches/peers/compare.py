@@ -15,7 +15,7 @@ printed per row:
                                 others a naive form in PyTorch
     torch_fused_ms              the same with scaled_dot_product_attention
     floor_ms                    all matrix products at the speed of one large product on our side
-    ours_peak_mib, torch_peak_mib   the largest resident set of each process
+    ours_peak_mib, torch_peak_mib   the largest resident set of each process, which keeps what it frees here
     largest_difference          between the two sides, relative to the largest entry of each tensor
 """
 
@@ -42,8 +42,8 @@ KEEP_MEMORY = {"MIMALLOC_PURGE_DELAY": "-1", "MALLOC_TRIM_THRESHOLD_": "40000000
 class Side:
     """A process that answers commands, a line each."""
 
-    def __init__(self, *command):
-        env = os.environ | {"RAYON_NUM_THREADS": THREADS, "OMP_NUM_THREADS": THREADS} | KEEP_MEMORY
+    def __init__(self, *command, settings=None):
+        env = os.environ | {"RAYON_NUM_THREADS": THREADS, "OMP_NUM_THREADS": THREADS} | (settings or {})
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
 
     def ask(self, command):
@@ -111,8 +111,8 @@ def w1(binary, variants, lengths, batch, runs):
                 case = f"{folder}/case.json"
                 write(case, variant, rate, tokens, batch)
                 forms = ["naive"] if variant == "mtla" else ["naive", "fused"]
-                ours = Side(binary, case)
-                torch = {form: Side(*TORCH, "serve", case, form) for form in forms}
+                ours = Side(binary, case, settings=KEEP_MEMORY)
+                torch = {form: Side(*TORCH, "serve", case, form, settings=KEEP_MEMORY) for form in forms}
                 ours.ask(f"check {folder}/ours")
                 worst = 0.0
                 for form, side in torch.items():
