@@ -17,7 +17,12 @@ pub fn multiply<B: AttentionBackend, const D: usize>(
 ) -> Tensor<B, D> {
     let mut shape = x.dims();
     let rows = shape[..D - 1].iter().product();
-    let inputs = std::mem::replace(&mut shape[D - 1], weight.dims()[1]);
+    let [inputs, outputs] = weight.dims();
+    assert!(
+        shape[D - 1] == inputs,
+        "an input of shape {shape:?} for a linear map from width {inputs} to {outputs}"
+    );
+    shape[D - 1] = outputs;
     B::product(x.reshape([rows, inputs]), weight).reshape(shape)
 }
 

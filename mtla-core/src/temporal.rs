@@ -77,7 +77,7 @@ pub fn apply_folded_gate<B: Backend>(latents: Tensor<B, 2>, gates: Tensor<B, 2>)
     latents * sigmoid(logit)
 }
 
-/// Running merge inside chunks: `[rows, chunks, s, rank]`, cumulative over the third axis.
+/// Running merge inside chunks: `[rows, chunks, s, rank]`, the cumulative sum over the third axis.
 pub fn running_merge<B: Backend>(gated: Tensor<B, 4>) -> Tensor<B, 4> {
     if gated.dims()[2] == 1 {
         return gated;

@@ -47,7 +47,8 @@ pub struct DenseConfig {
     /// Biases on all projections.
     #[serde(default)]
     pub bias: bool,
-    /// Dropout on the attention weights while training.
+    /// Dropout on the attention weights: applied, on any backend, where a call is given a dropout seed, and nowhere
+    /// else. Take another seed for each step and layer.
     #[serde(default)]
     pub dropout: f64,
     /// Rotary embedding of queries and keys.
@@ -122,7 +123,8 @@ pub struct LatentConfig {
     /// weight).
     #[serde(default)]
     pub bias: bool,
-    /// Dropout on the attention weights while training.
+    /// Dropout on the attention weights: applied, on any backend, where a call is given a dropout seed, and nowhere
+    /// else. Take another seed for each step and layer.
     #[serde(default)]
     pub dropout: f64,
     /// The decoupled rotary embedding.
@@ -301,6 +303,17 @@ impl AttentionConfig {
             Self::Mla(c) | Self::Mtla { latent: c, .. } => c.bias = bias,
         }
         self
+    }
+
+    /// The variant's usual short name, as in a configuration file.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Mha(_) => "mha",
+            Self::Mqa(_) => "mqa",
+            Self::Gqa { .. } => "gqa",
+            Self::Mla(_) => "mla",
+            Self::Mtla { .. } => "mtla",
+        }
     }
 
     /// Width of the model.

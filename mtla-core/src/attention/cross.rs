@@ -47,7 +47,8 @@ pub struct CrossAttentionConfig {
     pub down_rate: usize,
     /// Biases on all projections but the expansion of the latent.
     pub bias: bool,
-    /// Dropout on the attention weights while training.
+    /// Dropout on the attention weights: applied, on any backend, where a call is given a dropout seed, and nowhere
+    /// else. Take another seed for each step and layer.
     pub dropout: f64,
 }
 
@@ -144,7 +145,7 @@ impl<B: Backend> CrossInput<B> {
         }
     }
 
-    /// Valid frames of each source, at least 1; what comes after has no influence.
+    /// Valid frames of each source; what comes after has no influence. Where there are none the context is 0.
     #[must_use]
     pub fn with_source_lengths(mut self, lengths: Vec<usize>) -> Self {
         self.lengths = Some(lengths);
@@ -339,13 +340,14 @@ impl<B: AttentionBackend> CrossAttention<B> {
     /// may come in several pieces.
     ///
     /// # Panics
-    /// If the source or the pool does not fit the plan.
+    /// If the source or the pool does not fit the plan, or the pool is of another kind of layer.
     pub fn prefill_source(
         &self,
         source: Tensor<B, 3>,
         plan: &PrefillPlan<B>,
         pool: &mut LayerPool<B>,
     ) {
+        pool.check(self.cache_spec());
         plan.check(&source);
         let [rows, frames, _] = source.dims();
         let latents = self.kv_norm.forward(project(&self.wkv_a, source));
@@ -355,15 +357,22 @@ impl<B: AttentionBackend> CrossAttention<B> {
         plan.write(states, pool);
     }
 
-    /// One query a row, `x [rows, d_model]`, over the source rows of `table`: `[rows, d_model]`.
+    /// One query a row, `x [rows, d_model]`, over the source rows of `table`: `[rows, d_model]`, without gradient.
     ///
     /// # Panics
-    /// If the table has another number of rows than `x`.
+    /// If the table has another number of rows than `x`, or the pool is of another kind of layer.
     pub fn step(&self, x: Tensor<B, 2>, table: &SlotTable<B>, pool: &LayerPool<B>) -> Tensor<B, 2> {
+        pool.check(self.cache_spec());
         let [rows, d_model] = x.dims();
+        assert!(
+            table.lengths.len() == rows,
+            "{rows} queries over a table of {} source rows",
+            table.lengths.len()
+        );
         let states = plain::to_dtype(table.gather(pool.slots()), x.dtype());
         let problem = self.problem(rows, 1, table.max_slots, table.lengths.clone());
         self.attend(x.unsqueeze_dim(1), states, problem, None)
             .reshape([rows, d_model])
+            .detach()
     }
 }

@@ -43,9 +43,12 @@ pub struct AttentionInput<B: Backend> {
 /// What [`Attention::forward`](super::Attention::forward) returns.
 #[derive(Debug, Clone)]
 pub struct AttentionOutput<B: Backend> {
-    /// `[batch, queries, d_model]`.
+    /// `[batch, queries, d_model]`. What stands beyond a row's length carries no meaning and is not the same on every
+    /// path: keep it out of losses.
     pub context: Tensor<B, 3>,
-    /// The attention weights if they were asked for: `[batch, heads, queries, keys]`, by key token.
+    /// The attention weights if they were asked for, before dropout: `[batch, heads, queries, keys]`, by key token.
+    /// For MTLA the weight of a chunk stands at its last token, that of the query's own running chunk at the query's
+    /// own token, and 0 elsewhere.
     pub weights: Option<Tensor<B, 4>>,
 }
 
@@ -75,7 +78,7 @@ impl<B: Backend> AttentionInput<B> {
 
     /// Keys `[batch, key tokens, d_model]` other than the queries: a source prefix followed by the query
     /// tokens (the prefix-as-keys form of the published speech and summarisation models). Queries are the
-    /// last tokens of the keys unless [offsets](Self::with_offsets) say otherwise.
+    /// last of the key tokens unless [offsets](Self::with_offsets) say otherwise: give them where rows differ.
     #[must_use]
     pub fn with_keys(mut self, keys: Tensor<B, 3>) -> Self {
         self.keys = Some(keys);
@@ -89,7 +92,7 @@ impl<B: Backend> AttentionInput<B> {
         self
     }
 
-    /// Valid queries of each row; all of them unless given.
+    /// Valid queries of each row; unless given, all of them for which there are keys.
     #[must_use]
     pub fn with_lengths(mut self, lengths: Vec<usize>) -> Self {
         self.lengths = Some(lengths);
@@ -130,7 +133,8 @@ impl<B: Backend> AttentionInput<B> {
         self
     }
 
-    /// Returns the attention weights as well.
+    /// Returns the attention weights as well. This takes the plain form, which holds the whole matrix of them: slower,
+    /// and for looking rather than training.
     #[must_use]
     pub fn with_weights(mut self) -> Self {
         self.weights = true;

@@ -94,7 +94,10 @@ fn set<B: Backend>(
         "{} offsets for {heads} heads",
         values.len()
     );
-    let bias = linear.bias.take().expect("a layer with biases");
+    let bias = linear
+        .bias
+        .take()
+        .expect("heads that look back need an attention with biases");
     let bias = bias.val();
     let head = bias.dims()[0] / heads;
     let (device, dtype) = (bias.device(), bias.dtype());

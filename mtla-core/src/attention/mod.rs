@@ -108,63 +108,74 @@ impl<B: AttentionBackend> Attention<B> {
     }
 
     /// Appends `x [rows, longest, d_model]` to the rows of the plan and returns the outputs of all new
-    /// tokens, `[rows, longest, d_model]`; rows shorter than the longest are padded at their end.
+    /// tokens, `[rows, longest, d_model]`; rows shorter than the longest are padded at their end, where outputs carry
+    /// no meaning.
+    ///
+    /// Not for training: the pool carries no gradient, so neither does the result. [`forward`](Self::forward) does.
     ///
     /// # Panics
-    /// If `x` or the pool does not fit the plan.
+    /// If `x` or the pool does not fit the plan, or the pool is of another kind of layer.
     pub fn prefill(
         &self,
         x: Tensor<B, 3>,
         plan: &PrefillPlan<B>,
         pool: &mut LayerPool<B>,
     ) -> Tensor<B, 3> {
+        pool.check(self.cache_spec());
         match self {
             Self::Grouped(layer) => layer.prefill(x, plan, pool),
             Self::Latent(layer) => layer.prefill(x, plan, pool),
         }
+        .detach()
     }
 
-    /// As [`prefill`](Self::prefill), but only the output of each row's last new token: `[rows, d_model]`.
+    /// As [`prefill`](Self::prefill), but only the output of each row's last new token: `[rows, d_model]`. That of a
+    /// row without a new token carries no meaning.
     ///
     /// # Panics
-    /// If `x` or the pool does not fit the plan.
+    /// As [`prefill`](Self::prefill).
     pub fn prefill_last(
         &self,
         x: Tensor<B, 3>,
         plan: &PrefillPlan<B>,
         pool: &mut LayerPool<B>,
     ) -> Tensor<B, 2> {
+        pool.check(self.cache_spec());
         match self {
             Self::Grouped(layer) => layer.prefill_last(x, plan, pool),
             Self::Latent(layer) => layer.prefill_last(x, plan, pool),
         }
+        .detach()
     }
 
     /// Appends `x [rows, longest, d_model]` as keys only: a source prefix that later tokens attend to.
     ///
     /// # Panics
-    /// If `x` or the pool does not fit the plan.
+    /// As [`prefill`](Self::prefill).
     pub fn prefill_keys(&self, x: Tensor<B, 3>, plan: &PrefillPlan<B>, pool: &mut LayerPool<B>) {
+        pool.check(self.cache_spec());
         match self {
             Self::Grouped(layer) => layer.prefill_keys(x, plan, pool),
             Self::Latent(layer) => layer.prefill_keys(x, plan, pool),
         }
     }
 
-    /// Appends one token a row, `x [rows, d_model]`, and returns its output `[rows, d_model]`.
+    /// Appends one token a row, `x [rows, d_model]`, and returns its output `[rows, d_model]`, without gradient.
     ///
     /// # Panics
-    /// If `x` or the pool does not fit the plan.
+    /// As [`prefill`](Self::prefill).
     pub fn step(
         &self,
         x: Tensor<B, 2>,
         plan: &StepPlan<B>,
         pool: &mut LayerPool<B>,
     ) -> Tensor<B, 2> {
+        pool.check(self.cache_spec());
         match self {
             Self::Grouped(layer) => layer.step(x, plan, pool),
             Self::Latent(layer) => layer.step(x, plan, pool),
         }
+        .detach()
     }
 }
 

@@ -45,7 +45,7 @@ use burn::tensor::{DType, Int, Tensor, TensorData, backend::Backend};
 pub use crate::ops::SlotLayout;
 use crate::{ops::AttentionBackend, temporal::TemporalGate};
 pub use plan::{PrefillPlan, StepPlan};
-use tables::{Orders, Tables};
+use tables::{Orders, Row, Tables};
 
 /// A row cannot be cut where it was asked to be.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -79,7 +79,7 @@ pub enum CacheError {
 pub struct CacheSpec {
     /// What a slot holds.
     pub layout: SlotLayout,
-    /// Tokens per slot (`down_rate`; 1 for all variants but MTLA).
+    /// Tokens per slot: the `down_rate` of MTLA and of a compressed source, 1 for all others.
     pub stride: usize,
     /// Element type of the slots; `None` for the device's default float type.
     pub dtype: Option<DType>,
@@ -107,6 +107,7 @@ pub struct Cache<B: Backend> {
 /// The slots of one layer.
 #[derive(Debug, Clone)]
 pub struct LayerPool<B: Backend> {
+    spec: CacheSpec,
     /// Taken out while an operation works on it, so that its storage is not shared and can be written in
     /// place.
     slots: Option<Tensor<B, 2>>,
@@ -123,6 +124,20 @@ impl<B: Backend> LayerPool<B> {
         self.slots
             .clone()
             .expect("an earlier operation on this pool panicked")
+    }
+
+    /// # Panics
+    /// If a layer whose cache is `spec` would not find in this pool what it puts there.
+    pub(crate) fn check(&self, spec: CacheSpec) {
+        let here = self.spec;
+        assert!(
+            (here.layout, here.stride) == (spec.layout, spec.stride),
+            "a layer that keeps {:?} with {} tokens a slot was given the pool of a cache of {:?} with {} tokens a slot: make the cache from the layer's `cache_spec`",
+            spec.layout,
+            spec.stride,
+            here.layout,
+            here.stride,
+        );
     }
 
     pub(crate) fn update<R>(&mut self, f: impl FnOnce(Tensor<B, 2>) -> (R, Tensor<B, 2>)) -> R {
@@ -155,6 +170,7 @@ impl<B: AttentionBackend> Cache<B> {
     pub fn new(spec: CacheSpec, layers: usize, device: &B::Device) -> Self {
         let empty = Self::blank(spec, 1, device);
         let pool = LayerPool {
+            spec,
             slots: Some(empty),
             gates: None,
         };
@@ -176,7 +192,9 @@ impl<B: AttentionBackend> Cache<B> {
         }
     }
 
-    /// Makes room for `tokens` tokens in each of `rows` rows, so that nothing has to grow later.
+    /// Makes room for `tokens` tokens in each of `rows` rows, so that nothing has to grow later. It adds no rows.
+    ///
+    /// Without it the pools double when they are full. They never shrink: a new cache is the way to less memory.
     pub fn reserve(&mut self, rows: usize, tokens: usize) {
         self.tables
             .reserve(rows * tokens.div_ceil(self.spec.stride));
@@ -220,7 +238,7 @@ impl<B: AttentionBackend> Cache<B> {
     /// # Panics
     /// If there is no such row.
     pub fn len(&self, row: usize) -> usize {
-        self.tables.rows()[row].tokens
+        self.row(row).tokens
     }
 
     /// Whether there are no rows.
@@ -233,7 +251,17 @@ impl<B: AttentionBackend> Cache<B> {
     /// # Panics
     /// If there is no such row.
     pub fn row_slots(&self, row: usize) -> &[usize] {
-        &self.tables.rows()[row].slots
+        &self.row(row).slots
+    }
+
+    fn row(&self, row: usize) -> &Row {
+        let rows = self.tables.rows();
+        assert!(
+            row < rows.len(),
+            "row {row} of a cache with {} rows",
+            rows.len()
+        );
+        &rows[row]
     }
 
     /// The specification that the cache was made with.
@@ -246,7 +274,10 @@ impl<B: AttentionBackend> Cache<B> {
     /// # Panics
     /// If there is no such layer.
     pub fn layer(&self, layer: usize) -> &LayerPool<B> {
-        &self.layers[layer]
+        let layers = self.layers.len();
+        self.layers
+            .get(layer)
+            .unwrap_or_else(|| panic!("layer {layer} of a cache for {layers} layers"))
     }
 
     /// The pool of one layer, to be run with a plan of this cache.
@@ -254,27 +285,35 @@ impl<B: AttentionBackend> Cache<B> {
     /// # Panics
     /// If there is no such layer.
     pub fn layer_mut(&mut self, layer: usize) -> &mut LayerPool<B> {
-        &mut self.layers[layer]
+        let layers = self.layers.len();
+        self.layers
+            .get_mut(layer)
+            .unwrap_or_else(|| panic!("layer {layer} of a cache for {layers} layers"))
     }
 
     /// Row `i` of the result continues row `order[i]`. Rows may repeat (beams), and rows that are not
-    /// named leave and give their slots back. No slot is copied.
+    /// named leave and give their slots back: of three rows, `reorder(&[0, 2])` drops row 1, and row 2 is row 1
+    /// from then on. No slot is copied.
     ///
     /// # Panics
     /// If `order` names a row that does not exist.
     pub fn reorder(&mut self, order: &[usize]) {
+        for row in order {
+            self.row(*row);
+        }
         self.tables.reorder(order);
     }
 
     /// Cuts `row` to its first `tokens` tokens.
     ///
     /// # Errors
-    /// [`CacheError`] unless `tokens` is a multiple of the stride (merged tokens cannot be taken apart) and
-    /// not more than the row holds.
+    /// [`CacheError`] unless `tokens` is what the row holds, or less and a multiple of the stride (merged tokens
+    /// cannot be taken apart).
     ///
     /// # Panics
     /// If there is no such row.
     pub fn truncate(&mut self, row: usize, tokens: usize) -> Result<(), CacheError> {
+        self.row(row);
         self.tables.truncate(row, tokens)
     }
 
@@ -290,7 +329,7 @@ impl<B: AttentionBackend> Cache<B> {
         StepPlan::new(starts, table)
     }
 
-    /// Makes room for `counts[i]` more tokens in `rows[i]` (distinct) and plans the prefill.
+    /// Makes room for `counts[i]` more tokens in `rows[i]` (distinct) and plans the prefill. A count may be 0.
     ///
     /// The rows count as holding the tokens from here on: every layer must be run with the plan.
     ///
@@ -320,6 +359,7 @@ impl<B: AttentionBackend> Cache<B> {
         let mut orders = Orders::default();
         let mut starts = Vec::with_capacity(rows.len());
         for (row, count) in rows.iter().zip(counts) {
+            self.row(*row);
             assert!(
                 !std::mem::replace(&mut seen[*row], true),
                 "row {row} is named twice"
@@ -348,7 +388,8 @@ impl<B: AttentionBackend> Cache<B> {
         }
     }
 
-    /// The tables of `rows` as they are now.
+    /// The tables of `rows`, which may repeat (several rows over one source), as they are now: to be taken again
+    /// after the cache has changed.
     ///
     /// # Panics
     /// If a row does not exist.
@@ -369,7 +410,8 @@ impl<B: AttentionBackend> Cache<B> {
         self.tables.live() * self.slot_bytes()
     }
 
-    /// Bytes that the pools occupy, over all layers.
+    /// Bytes that the pools occupy, over all layers: what rows hold, and what waits for more (see
+    /// [`reserve`](Self::reserve)).
     pub fn allocated_bytes(&self) -> usize {
         self.tables.capacity() * self.slot_bytes()
     }

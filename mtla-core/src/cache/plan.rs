@@ -9,7 +9,8 @@ use crate::{
     temporal::{TemporalGate, apply_folded_gate, running_merge},
 };
 
-/// A step of one token a row. Made by [`Cache::step`](super::Cache::step).
+/// A step of one token a row. Made by [`Cache::step`](super::Cache::step), and good once for each layer, until the next
+/// call that changes the cache.
 #[derive(Debug, Clone)]
 pub struct StepPlan<B: Backend> {
     pub(crate) starts: Vec<usize>,
@@ -65,6 +66,8 @@ impl<B: Backend> StepPlan<B> {
 /// Rows start anywhere: a row that holds `p` tokens goes on inside the chunk of its open slot if `p` is
 /// not a multiple of the stride. So the new tokens are laid out on a grid of chunks, each row shifted by
 /// `p mod stride`, and the open slot's value is put right before the first new token of its chunk.
+///
+/// A plan is good once for each layer, until the next call that changes the cache.
 #[derive(Debug, Clone)]
 pub struct PrefillPlan<B: Backend> {
     pub(crate) starts: Vec<usize>,

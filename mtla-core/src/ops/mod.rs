@@ -1,15 +1,18 @@
-//! The two operations that attention is made of, as a backend extension.
+//! The operations that attention is made of, as a backend extension.
 //!
-//! Every attention variant of this crate is projections around one of two operations:
+//! Every attention variant of this crate is projections around one of these two:
 //!
 //! * [`attend`](AttentionBackend::attend): whole sequences, differentiable. Queries attend to *columns*
 //!   (keys and values; for temporal attention the merged states at chunk ends) and, where the stride is
 //!   above 1, to their own running chunk (the *self term*).
 //! * [`decode`](AttentionBackend::decode): one token a row over the slot pool of a cache, no gradient.
 //!
-//! Both have a plain tensor form in [`plain`], which runs on any backend and is what every faster form is
-//! compared with. A backend becomes usable with one line, `impl AttentionBackend for MyBackend {}`, and
-//! overrides a method where it has something better.
+//! Smaller ones go with them: products, activations, rotation, the gate and merge, writing to a pool.
+//!
+//! All have a plain tensor form, most of them in [`plain`], which runs on any backend and is what every faster form
+//! is compared with. A backend of your own becomes usable with one line, `impl AttentionBackend for MyBackend {}`,
+//! and overrides a method where it has something better. (For a backend of somebody else's, Rust wants a type of
+//! yours around it.)
 
 mod activation;
 mod autodiff;
