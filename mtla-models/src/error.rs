@@ -13,7 +13,7 @@ pub enum ConfigError {
         /// Its value.
         found: String,
         /// What would work.
-        expected: &'static str,
+        expected: String,
     },
     /// A field of the attention.
     #[error(transparent)]
@@ -23,7 +23,7 @@ pub enum ConfigError {
 /// Makes checks of the fields of one configuration: `check(holds, field, found, expected)`.
 pub(crate) fn checker(
     of: &'static str,
-) -> impl Fn(bool, &'static str, &dyn ToString, &'static str) -> Result<(), ConfigError> {
+) -> impl Fn(bool, &'static str, &dyn ToString, &str) -> Result<(), ConfigError> {
     move |holds, field, found, expected| {
         if holds {
             return Ok(());
@@ -32,7 +32,7 @@ pub(crate) fn checker(
             of,
             field,
             found: found.to_string(),
-            expected,
+            expected: expected.to_owned(),
         })
     }
 }

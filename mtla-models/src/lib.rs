@@ -1,12 +1,15 @@
 //! Language models over any attention variant of [`mtla_core`], and generation from them.
 //!
 //! * [`decoder`]: a decoder-only transformer, from one configuration to trainable logits and cached steps;
+//! * `convert` (feature): from trained dense attention to latent attention that begins near it;
 //! * [`generate`]: greedy search and sampling over ragged batches of prompts, for anything that is a
 //!   [`LanguageModel`](generate::LanguageModel).
 //!
 //! Everything is generic over Burn's backends and works in a browser: no files, threads or clocks, and what
 //! reads a tensor back is `async` (with a blocking form beside it).
 
+#[cfg(feature = "convert")]
+pub mod convert;
 pub mod decoder;
 mod error;
 pub mod generate;

@@ -52,6 +52,15 @@ impl<B: AttentionBackend> DecoderLayer<B> {
         self.feed_forward(x + dropout.apply(attended), dropout)
     }
 
+    /// What the layer makes of `x` if its attention has given `attended`.
+    pub(crate) fn after_attention<const D: usize>(
+        &self,
+        x: Tensor<B, D>,
+        attended: Tensor<B, D>,
+    ) -> Tensor<B, D> {
+        self.feed_forward(x + attended, Dropout::NONE)
+    }
+
     /// The second half of the layer alone.
     pub(super) fn feed_forward<const D: usize>(
         &self,
