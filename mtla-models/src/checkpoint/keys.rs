@@ -52,11 +52,8 @@ impl Key {
 /// ```
 pub fn file_name(keys: &[Key], path: &str) -> Option<(String, Layout)> {
     keys.iter().find_map(|key| {
-        let name = match placeholder(key.ours, path)? {
-            Some(layer) => key.file.replace("{}", layer),
-            None => key.file.to_owned(),
-        };
-        Some((name, key.layout))
+        let layer = placeholder(key.ours, path)?;
+        Some((key.file.replace("{}", layer), key.layout))
     })
 }
 
@@ -66,14 +63,14 @@ pub(super) fn matches(pattern: &str, name: &str) -> bool {
     placeholder(pattern, name).is_some()
 }
 
-/// What stands in the place of `{}`, if the pattern has one and the name is of its form.
-fn placeholder<'a>(pattern: &str, name: &'a str) -> Option<Option<&'a str>> {
+/// What stands in the place of `{}` if the name is of the pattern's form; nothing if the pattern has no such place.
+fn placeholder<'a>(pattern: &str, name: &'a str) -> Option<&'a str> {
     let Some((before, after)) = pattern.split_once("{}") else {
-        return (pattern == name).then_some(None);
+        return (pattern == name).then_some("");
     };
     let number = name.strip_prefix(before)?.strip_suffix(after)?;
     let is_number = !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit());
-    is_number.then_some(Some(number))
+    is_number.then_some(number)
 }
 
 #[cfg(test)]

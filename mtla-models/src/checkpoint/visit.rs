@@ -34,8 +34,7 @@ impl Path {
     /// What the file has for the parameter of shape `shape` here.
     pub(super) fn entry(&self, keys: &[Key], shape: &[usize]) -> Result<Entry, CheckpointError> {
         let path = self.0.join(".");
-        let (name, layout) =
-            file_name(keys, &path).ok_or_else(|| CheckpointError::NoName { path })?;
+        let (name, layout) = file_name(keys, &path).ok_or(CheckpointError::NoName { path })?;
         let mut shape = shape.to_vec();
         if layout == Layout::Transposed {
             shape.reverse();

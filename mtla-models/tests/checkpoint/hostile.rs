@@ -37,9 +37,8 @@ fn load(folder: &TempDir) -> Result<Llama<Flex>, CheckpointError> {
 /// The error of loading; its message names the file or directory, and `word`.
 #[track_caller]
 fn refused(folder: &TempDir, word: &str) -> CheckpointError {
-    let error = match load(folder) {
-        Ok(_) => panic!("loaded, although {word}"),
-        Err(error) => error,
+    let Err(error) = load(folder) else {
+        panic!("loaded, although {word}")
     };
     let message = error.to_string();
     let place = folder.path().to_string_lossy();
@@ -279,7 +278,7 @@ fn hostile_configurations() {
     let path = folder.path().join("config.json");
     let whole = fs::read(&path).unwrap();
     edit_config(&folder, |config| {
-        config["num_hidden_layers"] = (1 << 24).into()
+        config["num_hidden_layers"] = (1 << 24).into();
     });
     refused(
         &folder,
