@@ -73,7 +73,8 @@ pub(super) fn replace(
     let unfinished = path.with_added_extension(UNFINISHED);
     let finish = || {
         write(&unfinished)?;
-        File::open(&unfinished)?.sync_all()?;
+        // A handle that may write: some systems force nothing else to the disk.
+        File::options().write(true).open(&unfinished)?.sync_all()?;
         fs::rename(&unfinished, path)
     };
     finish().map_err(|error| {

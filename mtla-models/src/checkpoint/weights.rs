@@ -160,11 +160,6 @@ impl Weights {
         &self.directory
     }
 
-    /// How many there are.
-    pub(crate) fn len(&self) -> usize {
-        self.places.len()
-    }
-
     /// All names in order.
     pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
         self.places.keys().map(String::as_str)

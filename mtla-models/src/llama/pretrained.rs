@@ -148,16 +148,21 @@ impl<B: Backend> Llama<B> {
     }
 }
 
-/// Refuses more layers than there are weights before anything is made for them.
+/// Refuses layers of which the files have nothing before anything is made for them.
 fn check_layers(config: &LlamaConfig, weights: &Weights) -> Result<(), CheckpointError> {
-    if config.num_hidden_layers <= weights.len() {
-        return Ok(());
+    let in_every_layer = KEYS
+        .iter()
+        .map(|key| key.file)
+        .filter(|name| name.contains("{}") && !name.contains("self_attn"));
+    for layer in 0..config.num_hidden_layers {
+        for name in in_every_layer.clone() {
+            let name = name.replace("{}", &layer.to_string());
+            if weights.get(&name).is_none() {
+                return Err(CheckpointError::missing(weights.directory(), name));
+            }
+        }
     }
-    let last = config.num_hidden_layers - 1;
-    Err(CheckpointError::missing(
-        weights.directory(),
-        format!("model.layers.{last}.input_layernorm.weight"),
-    ))
+    Ok(())
 }
 
 fn keeps_head(weights: &Weights, saved_head: SavedHead) -> bool {

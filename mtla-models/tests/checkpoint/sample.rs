@@ -27,12 +27,12 @@ pub(crate) fn config() -> LlamaConfig {
     }
 }
 
-/// The same with MTLA and a low-rank query; no two of its sizes are equal.
+/// The same with MTLA and a low-rank query; no two of its sizes are equal, nor is a head as wide as in the Llama.
 pub(crate) fn mtla() -> LlamaConfig {
     let sizes = LatentSizes {
         q_lora_rank: 10,
         kv_lora_rank: 12,
-        qk_nope_head_dim: 8,
+        qk_nope_head_dim: 14,
         qk_rope_head_dim: 4,
         v_head_dim: 6,
     };
