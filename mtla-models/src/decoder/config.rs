@@ -238,6 +238,15 @@ impl DecoderConfig {
     /// # Errors
     /// [`ConfigError`] if the sizes do not fit; see [`validate`](Self::validate).
     pub fn init<B: Backend>(&self, device: &B::Device) -> Result<Decoder<B>, ConfigError> {
+        Ok(self.init_lazy(device)?.map(&mut DrawNow))
+    }
+
+    /// As [`init`](Self::init), but weights are drawn at their first use: those that are replaced before take
+    /// neither time nor memory.
+    pub(crate) fn init_lazy<B: Backend>(
+        &self,
+        device: &B::Device,
+    ) -> Result<Decoder<B>, ConfigError> {
         self.validate()?;
         let (d_model, vocab_size) = (self.d_model(), self.vocab_size);
         let layers: Result<Vec<_>, ConfigError> = (0..self.n_layers)
@@ -248,7 +257,7 @@ impl DecoderConfig {
         } else {
             1.0
         };
-        let decoder = Decoder {
+        Ok(Decoder {
             embedding: EmbeddingConfig::new(vocab_size, d_model)
                 .with_initializer(Initializer::Normal { mean: 0.0, std })
                 .init(device),
@@ -260,8 +269,7 @@ impl DecoderConfig {
                     .init(device)
             }),
             dropout: self.dropout,
-        };
-        Ok(decoder.map(&mut DrawNow))
+        })
     }
 
     fn layer<B: Backend>(

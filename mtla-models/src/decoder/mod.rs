@@ -76,6 +76,7 @@ pub struct Decoder<B: Backend> {
 pub struct DecoderInput<B: Backend> {
     tokens: Tensor<B, 2, Int>,
     lengths: Vec<usize>,
+    positions: Option<Vec<Vec<usize>>>,
     dropout_seed: Option<u64>,
 }
 
@@ -86,6 +87,7 @@ impl<B: Backend> DecoderInput<B> {
         Self {
             tokens,
             lengths: vec![length; batch],
+            positions: None,
             dropout_seed: None,
         }
     }
@@ -94,6 +96,14 @@ impl<B: Backend> DecoderInput<B> {
     #[must_use]
     pub fn with_lengths(mut self, lengths: Vec<usize>) -> Self {
         self.lengths = lengths;
+        self
+    }
+
+    /// Positions of the tokens for the rotary embedding: one list per row, or one list for all rows;
+    /// `0, 1, 2, …` unless given.
+    #[must_use]
+    pub fn with_positions(mut self, positions: Vec<Vec<usize>>) -> Self {
+        self.positions = Some(positions);
         self
     }
 
@@ -138,12 +148,31 @@ impl<B: AttentionBackend> Decoder<B> {
     /// `[batch, tokens, vocab_size]`.
     ///
     /// # Panics
-    /// If there is not one length a row, or one is more than there are tokens. What a token id outside the
-    /// vocabulary does is up to the backend.
+    /// If there is not one length a row, or one is more than there are tokens, or positions are given and do
+    /// not fit the tokens. What a token id outside the vocabulary does is up to the backend.
     pub fn forward(&self, input: DecoderInput<B>) -> Tensor<B, 3> {
+        let x = self.run(input, |_| {});
+        self.logits(x)
+    }
+
+    /// The residual stream `[batch, tokens, d_model]` of [`forward`](Self::forward): the embeddings, then what
+    /// comes out of each layer, the last one through the norm before the head.
+    ///
+    /// # Panics
+    /// As [`forward`](Self::forward).
+    pub fn hidden_states(&self, input: DecoderInput<B>) -> Vec<Tensor<B, 3>> {
+        let mut states = Vec::with_capacity(self.layers.len() + 1);
+        let last = self.run(input, |x| states.push(x.clone()));
+        states.push(self.norm.forward(last));
+        states
+    }
+
+    /// The output of the last layer; `before` is shown the input of every layer.
+    fn run(&self, input: DecoderInput<B>, mut before: impl FnMut(&Tensor<B, 3>)) -> Tensor<B, 3> {
         let DecoderInput {
             tokens,
             lengths,
+            positions,
             dropout_seed,
         } = input;
         let dropout = match dropout_seed {
@@ -154,10 +183,13 @@ impl<B: AttentionBackend> Decoder<B> {
             None => Dropout::NONE,
         };
         let mut x = dropout.apply(self.embedding.forward(tokens));
-        let rotary = self.layers[0]
-            .attention
-            .rotary(&AttentionInput::new(x.clone()));
+        let mut example = AttentionInput::new(x.clone());
+        if let Some(positions) = positions {
+            example = example.with_positions(positions);
+        }
+        let rotary = self.layers[0].attention.rotary(&example);
         for (number, layer) in self.layers.iter().enumerate() {
+            before(&x);
             x = layer.forward(x, dropout, |attention, x| {
                 let input = AttentionInput::new(x)
                     .with_lengths(lengths.clone())
@@ -166,7 +198,7 @@ impl<B: AttentionBackend> Decoder<B> {
                 attention.forward(input).context
             });
         }
-        self.logits(x)
+        x
     }
 }
 

@@ -2,6 +2,8 @@
 
 #![allow(dead_code, reason = "not every test uses all of it")]
 
+pub(crate) mod cached;
+
 use burn::{
     module::{Module, ModuleMapper, Param},
     tensor::{Int, Tensor, TensorData, backend::Backend},
