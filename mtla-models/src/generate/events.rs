@@ -3,7 +3,7 @@
 use super::{GenerationError, LogProbability};
 
 /// Why a sequence ends.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum FinishReason {
     /// Its last token is a stop token.
     Stop,

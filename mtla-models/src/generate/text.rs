@@ -125,6 +125,7 @@ mod tests {
     use super::*;
 
     /// Bytes as tokens.
+    #[expect(clippy::unnecessary_wraps, reason = "a decoder may fail")]
     fn bytes(tokens: &[u32]) -> Result<String, DecodeError> {
         let bytes: Vec<u8> = tokens.iter().map(|token| *token as u8).collect();
         Ok(String::from_utf8_lossy(&bytes).into_owned())

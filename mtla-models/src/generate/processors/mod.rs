@@ -71,7 +71,7 @@ impl LogitsProcessors {
 
     fn look_back(&mut self, config: &GenerationConfig) {
         let penalty = config.repetition_penalty;
-        if penalty != 1.0 {
+        if (penalty - 1.0).abs() > 0.0 {
             self.push(RepetitionPenalty { penalty });
         }
         if config.no_repeat_ngram_size > 0 {
@@ -119,7 +119,7 @@ impl LogitsProcessors {
 
     /// What only sampling does.
     fn shape(&mut self, config: &GenerationConfig) {
-        if config.temperature != 1.0 {
+        if (config.temperature - 1.0).abs() > 0.0 {
             self.push(Temperature {
                 temperature: config.temperature,
             });

@@ -15,6 +15,13 @@ pub(super) struct Sequence {
     tail: Tail,
 }
 
+impl Sequence {
+    /// The newest token's log-probability, if it was asked for.
+    pub(super) fn newest_probability(&self) -> Option<LogProbability> {
+        self.log_probabilities.last().cloned()
+    }
+}
+
 /// What holds for all sequences of a request.
 #[derive(Debug)]
 pub(super) struct Rules {
@@ -130,11 +137,6 @@ impl Rules {
         }
         let long = self.step(sequence) >= self.max_new_tokens;
         Ok(long.then_some(FinishReason::Length))
-    }
-
-    /// The newest token's log-probability, if it was asked for.
-    pub(super) fn newest_probability(&self, sequence: &Sequence) -> Option<LogProbability> {
-        sequence.log_probabilities.last().cloned()
     }
 
     /// A sequence that has ended.

@@ -63,7 +63,7 @@ impl Samples {
                 prompt: rules.number,
                 sample: sample.number,
                 token,
-                log_probability: rules.newest_probability(&sample.sequence),
+                log_probability: sample.sequence.newest_probability(),
                 finish,
             });
             if let Some(finish) = finish {
