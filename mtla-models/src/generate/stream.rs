@@ -35,7 +35,7 @@ impl<'m, B: AttentionBackend, M: LanguageModel<B>> EventStream<'m, B, M> {
     }
 }
 
-impl<'m, B: AttentionBackend, M: LanguageModel<B>> Stream for EventStream<'m, B, M> {
+impl<B: AttentionBackend, M: LanguageModel<B>> Stream for EventStream<'_, B, M> {
     type Item = Step;
 
     fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Step>> {

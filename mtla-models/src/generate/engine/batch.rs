@@ -94,8 +94,9 @@ impl<B: AttentionBackend> Batch<B> {
 }
 
 impl Answers {
-    pub(super) fn iter(&self) -> AnswerIter<'_> {
-        AnswerIter {
+    /// Reads them job by job.
+    pub(super) fn reader(&self) -> AnswerReader<'_> {
+        AnswerReader {
             most_probable: &self.most_probable,
             logits: &self.logits,
             vocab_size: self.vocab_size,
@@ -103,15 +104,15 @@ impl Answers {
     }
 }
 
-/// Hands out answers, job by job.
+/// Answers that have not been read yet.
 #[derive(Debug)]
-pub(super) struct AnswerIter<'a> {
+pub(super) struct AnswerReader<'a> {
     most_probable: &'a [u32],
     logits: &'a [f32],
     vocab_size: usize,
 }
 
-impl<'a> AnswerIter<'a> {
+impl<'a> AnswerReader<'a> {
     /// What is said about the next `rows` rows.
     pub(super) fn next(&mut self, rows: usize, plain: bool) -> Rows<'a> {
         if plain {

@@ -198,7 +198,7 @@ impl<B: AttentionBackend, M: LanguageModel<B>> Engine<B, M> {
     fn take(&mut self, answers: &Answers) -> Vec<Event> {
         let mut events = Vec::new();
         let mut order = Vec::new();
-        let mut answers = answers.iter();
+        let mut answers = answers.reader();
         let mut first = 0;
         let held = self.cache.rows();
         for mut job in std::mem::take(&mut self.running) {
