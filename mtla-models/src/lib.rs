@@ -6,6 +6,8 @@
 //! * `convert` (feature): from trained dense attention to latent attention that begins near it;
 //! * [`generate`]: greedy search and sampling over ragged batches of prompts, for anything that is a
 //!   [`LanguageModel`](generate::LanguageModel).
+//! * [`generate`]: greedy search, sampling and beam search over ragged batches of prompts that come and go,
+//!   for anything that is a [`LanguageModel`](generate::LanguageModel).
 //!
 //! Everything is generic over Burn's backends and, but for files, works in a browser: no threads or clocks, and what
 //! reads a tensor back is `async` (with a blocking form beside it).

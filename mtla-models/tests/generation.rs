@@ -16,7 +16,9 @@ use mtla_models::{
     decoder::{Decoder, DecoderConfig, DecoderInput},
     generate::{
         Completion, FinishReason, Generation, GenerationConfig, GenerationError, LanguageModel,
-        generate, uniform,
+        generate,
+        processors::{LogitsProcessor, LogitsProcessors},
+        uniform,
     },
 };
 
@@ -40,6 +42,24 @@ fn mtla<B: AttentionBackend>(device: &B::Device) -> Decoder<B> {
     )
 }
 
+/// The most probable token, or the one that a random number draws.
+fn choose(scores: &[f32], draw: Option<f64>) -> u32 {
+    let weights: Vec<f64> = scores.iter().map(|x| f64::from(*x).exp()).collect();
+    let Some(draw) = draw else {
+        let best = (0..scores.len())
+            .rev()
+            .max_by(|a, b| weights[*a].total_cmp(&weights[*b]));
+        return best.unwrap() as u32;
+    };
+    let total: f64 = weights.iter().sum();
+    let mut reached = 0.0;
+    let chosen = weights.iter().position(|weight| {
+        reached += weight / total;
+        draw < reached
+    });
+    chosen.unwrap() as u32
+}
+
 /// Continues one prompt without a cache: the whole sequence anew for every token.
 fn continue_without_cache<B: AttentionBackend>(
     model: &Decoder<B>,
@@ -48,16 +68,18 @@ fn continue_without_cache<B: AttentionBackend>(
 ) -> Vec<u32> {
     let mut sequence = prompts()[prompt].clone();
     let start = sequence.len();
-    for step in 0..config.max_new_tokens {
+    let processors = LogitsProcessors::new(config, start, &[]);
+    for step in 0..config.max_new_tokens.unwrap() {
         let input = batch(&[sequence.clone()], 0, &model.device());
         let logits = model.forward(DecoderInput::new(input));
-        let logits: Vec<f32> = logits
+        let mut scores: Vec<f32> = logits
             .narrow(1, sequence.len() - 1, 1)
             .into_data()
             .iter()
             .collect();
+        processors.process(&sequence, &mut scores);
         let draw = uniform(config.seed, prompt as u64, sample as u64, step as u64);
-        sequence.push(config.strategy().choose(&logits, draw).unwrap());
+        sequence.push(choose(&scores, config.do_sample.then_some(draw)));
     }
     sequence.split_off(start)
 }
@@ -65,11 +87,25 @@ fn continue_without_cache<B: AttentionBackend>(
 fn cached_batches_give_what_whole_sequences_give<B: AttentionBackend>(device: &B::Device) {
     for decoder in configs() {
         let model = model::<B>(&decoder, device);
-        for config in [GenerationConfig::new(7), sampling().with_num_samples(3)] {
+        let mut processed = sampling().with_num_return_sequences(2);
+        processed.repetition_penalty = 1.4;
+        processed.no_repeat_ngram_size = 2;
+        processed.bad_words_ids = Some(vec![vec![4], vec![5, 6]]);
+        let mut greedy = processed.clone().with_temperature(0.0);
+        greedy.num_return_sequences = 1;
+        for config in [
+            GenerationConfig::new(7),
+            greedy,
+            sampling().with_num_return_sequences(3),
+            processed,
+        ] {
             let completions = generate(&model, &prompts(), &config).unwrap();
-            assert_eq!(completions.len(), 4 * config.num_samples);
+            assert_eq!(completions.len(), 4 * config.num_return_sequences);
             for (i, completion) in completions.iter().enumerate() {
-                let place = [i / config.num_samples, i % config.num_samples];
+                let place = [
+                    i / config.num_return_sequences,
+                    i % config.num_return_sequences,
+                ];
                 assert_eq!([completion.prompt, completion.sample], place);
                 let expected = continue_without_cache(&model, place, &config);
                 assert_eq!(completion.tokens, expected, "{place:?} of {decoder:?}");
@@ -81,14 +117,17 @@ fn cached_batches_give_what_whole_sequences_give<B: AttentionBackend>(device: &B
 
 fn a_prompt_in_a_batch_is_continued_as_it_is_alone<B: AttentionBackend>(device: &B::Device) {
     let model = mtla::<B>(device);
-    for config in [GenerationConfig::new(7), sampling().with_num_samples(2)] {
+    for config in [
+        GenerationConfig::new(7),
+        sampling().with_num_return_sequences(2),
+    ] {
         let together = generate(&model, &prompts(), &config).unwrap();
         for (number, prompt) in prompts().into_iter().enumerate() {
             let alone = Generation::new(&model, &[prompt], &config).unwrap();
             for events in alone.with_first_prompt(number).enumerate() {
                 let (step, events) = (events.0, events.1.unwrap());
                 for event in events {
-                    let row = number * config.num_samples + event.sample;
+                    let row = number * config.num_return_sequences + event.sample;
                     assert_eq!(event.token, together[row].tokens[step]);
                 }
             }
@@ -98,7 +137,7 @@ fn a_prompt_in_a_batch_is_continued_as_it_is_alone<B: AttentionBackend>(device: 
 
 fn stop_tokens_end_their_sample_only<B: AttentionBackend>(device: &B::Device) {
     let model = mtla::<B>(device);
-    let config = sampling().with_num_samples(2);
+    let config = sampling().with_num_return_sequences(2);
     let free = generate(&model, &prompts(), &config).unwrap();
     let stop = [free[1].tokens[2], free[4].tokens[4]];
     let stopped = generate(&model, &prompts(), &config.with_stop_tokens(stop)).unwrap();
@@ -124,7 +163,7 @@ fn seeds_repeat_and_differ<B: AttentionBackend>(device: &B::Device) {
         let completions = generate(&model, &prompts(), config).unwrap();
         completions.into_iter().map(|x| x.tokens).collect()
     };
-    let config = sampling().with_num_samples(3);
+    let config = sampling().with_num_return_sequences(3);
     let first = tokens(&config);
     assert_eq!(first, tokens(&config));
     assert_ne!(first, tokens(&config.clone().with_seed(43)));
@@ -141,7 +180,7 @@ fn seeds_repeat_and_differ<B: AttentionBackend>(device: &B::Device) {
 
 fn events_add_up_to_the_completions<B: AttentionBackend>(device: &B::Device) {
     let model = mtla::<B>(device);
-    let config = sampling().with_num_samples(2);
+    let config = sampling().with_num_return_sequences(2);
     let free = generate(&model, &prompts(), &config).unwrap();
     let config = config.with_stop_tokens([free[0].tokens[1]]);
 
@@ -163,6 +202,8 @@ fn events_add_up_to_the_completions<B: AttentionBackend>(device: &B::Device) {
                     sample: event.sample,
                     tokens: vec![event.token],
                     finish: event.finish.unwrap_or(FinishReason::Length),
+                    score: None,
+                    log_probabilities: None,
                 });
             }
         }
@@ -187,12 +228,13 @@ fn what_cannot_work_is_refused<B: AttentionBackend>(device: &B::Device) {
         ),
     );
     assert!(
-        error(&[vec![1]], config.clone().with_stop_tokens([99]))
-            .starts_with("stop token 99 never comes: the model knows the tokens 0 to 22"),
+        error(&[vec![1]], config.clone().with_stop_tokens([99])).starts_with(
+            "token 99 of eos_token_id never comes: the model knows the tokens 0 to 22"
+        ),
     );
     assert_eq!(
         error(&[vec![1]], config.clone().with_temperature(-1.0)),
-        "generation configuration: temperature is -1, expected 0 (greedy) or a positive number"
+        "generation configuration: temperature is -1, expected a positive number, or greedy search"
     );
     assert_eq!(generate(&model, &[[0u32; 0]; 0], &config).unwrap(), []);
 }

@@ -1,57 +1,20 @@
-//! A generation under way.
+//! Prompts that are continued together.
 
-use burn::tensor::{Int, Tensor, TensorData};
-use mtla_core::{cache::Cache, ops::AttentionBackend};
+use mtla_core::ops::AttentionBackend;
 
 use super::{
-    GenerationConfig, GenerationError, LanguageModel, SamplingStrategy, sampling::uniform, wait,
+    Completion, Engine, Event, EventKind, GenerationConfig, GenerationError, LanguageModel,
+    Request, TokenEvent, stream::EventStream, wait,
 };
-
-/// Why a sample ends.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum FinishReason {
-    /// Its last token is a stop token.
-    Stop,
-    /// It has as many tokens as were allowed.
-    Length,
-}
-
-/// A new token.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct TokenEvent {
-    /// Number of the prompt, from 0.
-    pub prompt: usize,
-    /// Number of the sample, from 0.
-    pub sample: usize,
-    /// The token.
-    pub token: u32,
-    /// Why the sample ends, if this is its last token.
-    pub finish: Option<FinishReason>,
-}
 
 /// A generation under way: every [`advance`](Self::advance) gives each unfinished sample its next token.
 ///
 /// It is an iterator over the same, which waits for each step; see the [module](super) for an example.
+/// The tokens of beam search come all at once, when it is over.
 #[derive(Debug)]
 pub struct Generation<'m, B: AttentionBackend, M: LanguageModel<B>> {
-    model: &'m M,
-    config: GenerationConfig,
-    strategy: SamplingStrategy,
-    prompts: Vec<Vec<u32>>,
+    engine: Engine<B, &'m M>,
     first_prompt: usize,
-    cache: Cache<B>,
-    /// Unfinished samples; the i-th is row i of the cache.
-    rows: Vec<Row>,
-    /// Tokens that every unfinished sample has so far.
-    step: usize,
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Row {
-    prompt: usize,
-    sample: usize,
-    /// The newest token, which is not in the cache yet.
-    token: u32,
 }
 
 impl<'m, B: AttentionBackend, M: LanguageModel<B>> Generation<'m, B, M> {
@@ -68,26 +31,24 @@ impl<'m, B: AttentionBackend, M: LanguageModel<B>> Generation<'m, B, M> {
         config: &GenerationConfig,
     ) -> Result<Self, GenerationError> {
         config.validate()?;
-        let prompts: Vec<Vec<u32>> = prompts.iter().map(|x| x.as_ref().to_vec()).collect();
-        check_tokens(&prompts, &config.stop_tokens, model.vocab_size())?;
-        let rows = (0..prompts.len())
-            .flat_map(|prompt| {
-                (0..config.num_samples).map(move |sample| Row {
-                    prompt,
-                    sample,
-                    token: 0,
-                })
-            })
-            .collect();
+        Self::of(model, requests(prompts, config))
+    }
+
+    /// As [`new`](Self::new), with requests of any kind.
+    ///
+    /// # Errors
+    /// [`GenerationError`] if one of them cannot work.
+    pub fn of(
+        model: &'m M,
+        requests: impl IntoIterator<Item = Request>,
+    ) -> Result<Self, GenerationError> {
+        let mut engine = Engine::new(model);
+        for request in requests {
+            engine.submit(request)?;
+        }
         Ok(Self {
-            model,
-            config: config.clone(),
-            strategy: config.strategy(),
-            prompts,
+            engine,
             first_prompt: 0,
-            cache: model.new_cache(),
-            rows,
-            step: 0,
         })
     }
 
@@ -95,136 +56,43 @@ impl<'m, B: AttentionBackend, M: LanguageModel<B>> Generation<'m, B, M> {
     /// generated in several parts gives what it gives at once.
     #[must_use]
     pub fn with_first_prompt(mut self, first: usize) -> Self {
+        self.engine.renumber(first);
         self.first_prompt = first;
         self
     }
 
     /// Whether every sample has ended.
     pub fn is_done(&self) -> bool {
-        self.rows.is_empty()
+        self.engine.is_idle()
     }
 
     /// The next token of every unfinished sample, by prompt, then by sample; nothing when all have ended.
     ///
-    /// If this fails, or its future is dropped before it is ready, the generation is over.
+    /// If this fails, the generation is over.
     ///
     /// # Errors
-    /// [`GenerationError`] if the device fails or the logits are no distribution.
+    /// [`GenerationError`] if the device fails, the logits are no distribution, or every token is forbidden.
     pub async fn advance(&mut self) -> Result<Vec<TokenEvent>, GenerationError> {
-        if self.is_done() {
-            return Ok(Vec::new());
-        }
-        let rows = std::mem::take(&mut self.rows);
-        let logits = if self.step == 0 {
-            self.prefill(&rows)
-        } else {
-            self.decode(&rows)
-        };
-        let tokens = self.choose(&rows, logits).await?;
-        Ok(self.append(rows, &tokens))
-    }
-
-    /// Prefills every prompt once; the logits of its samples `[prompts · samples, vocab_size]`.
-    fn prefill(&mut self, samples: &[Row]) -> Tensor<B, 2> {
-        let device = self.model.device();
-        let prompts = std::mem::take(&mut self.prompts);
-        let counts: Vec<usize> = prompts.iter().map(Vec::len).collect();
-        let rows: Vec<usize> = self.cache.join(prompts.len()).collect();
-        let plan = self.cache.extend(&rows, &counts);
-        let padded = prompts.iter().flat_map(|prompt| {
-            let padding = plan.longest() - prompt.len();
-            prompt
-                .iter()
-                .map(|token| i64::from(*token))
-                .chain(std::iter::repeat_n(0, padding))
-        });
-        let tokens = TensorData::new(padded.collect::<Vec<_>>(), [rows.len(), plan.longest()]);
-        let tokens = Tensor::from_data(tokens, &device);
-        let logits = self.model.prefill(tokens, &plan, &mut self.cache);
-        if self.config.num_samples == 1 {
-            return logits;
-        }
-        let order: Vec<usize> = samples.iter().map(|row| row.prompt).collect();
-        self.cache.reorder(&order);
-        logits.select(0, ids(order.iter().map(|row| *row as i64), &device))
-    }
-
-    /// Takes the newest tokens into the cache; the logits after them `[rows, vocab_size]`.
-    fn decode(&mut self, rows: &[Row]) -> Tensor<B, 2> {
-        let numbers: Vec<usize> = (0..rows.len()).collect();
-        let plan = self.cache.step(&numbers);
-        let tokens = rows.iter().map(|row| i64::from(row.token));
-        let tokens = ids(tokens, &self.model.device());
-        self.model.step(tokens, &plan, &mut self.cache)
-    }
-
-    /// A token for every row.
-    async fn choose(
-        &self,
-        rows: &[Row],
-        logits: Tensor<B, 2>,
-    ) -> Result<Vec<u32>, GenerationError> {
-        if self.strategy == SamplingStrategy::Greedy {
-            let tokens = logits.argmax(1).into_data_async().await;
-            let tokens = tokens.map_err(GenerationError::Device)?;
-            return Ok(tokens.iter::<u32>().collect());
-        }
-        let [_, vocab_size] = logits.dims();
-        let logits = logits
-            .into_data_async()
-            .await
-            .map_err(GenerationError::Device)?;
-        let logits: Vec<f32> = logits.iter().collect();
-        rows.iter()
-            .zip(logits.chunks_exact(vocab_size))
-            .map(|(row, logits)| {
-                let prompt = (self.first_prompt + row.prompt) as u64;
-                let step = self.step as u64;
-                let draw = uniform(self.config.seed, prompt, row.sample as u64, step);
-                let token = self.strategy.choose(logits, draw);
-                token.ok_or(GenerationError::NotFinite {
-                    prompt: row.prompt,
-                    sample: row.sample,
-                    step: self.step,
-                })
-            })
-            .collect()
-    }
-
-    /// Appends a token to every row, and takes finished rows out of the batch.
-    fn append(&mut self, rows: Vec<Row>, tokens: &[u32]) -> Vec<TokenEvent> {
-        self.step += 1;
-        let mut events = Vec::with_capacity(rows.len());
-        let mut unfinished = Vec::with_capacity(rows.len());
-        for (number, (row, token)) in rows.iter().zip(tokens.iter().copied()).enumerate() {
-            let Row { prompt, sample, .. } = *row;
-            let finish = self.finish(token);
-            events.push(TokenEvent {
-                prompt,
-                sample,
-                token,
-                finish,
-            });
-            if finish.is_none() {
-                unfinished.push(number);
-                self.rows.push(Row {
-                    prompt,
-                    sample,
-                    token,
-                });
+        let mut tokens = Vec::new();
+        for event in self.engine.advance().await? {
+            match event.kind {
+                EventKind::Token(mut token) => {
+                    token.prompt -= self.first_prompt;
+                    tokens.push(token);
+                }
+                EventKind::Finished(_) => {}
+                EventKind::Failed(error) => {
+                    self.engine.clear();
+                    return Err(error);
+                }
             }
         }
-        if unfinished.len() < rows.len() {
-            self.cache.reorder(&unfinished);
-        }
-        events
+        Ok(tokens)
     }
 
-    fn finish(&self, token: u32) -> Option<FinishReason> {
-        if self.config.stop_tokens.contains(&token) {
-            return Some(FinishReason::Stop);
-        }
-        (self.step == self.config.max_new_tokens).then_some(FinishReason::Length)
+    /// The same as a stream.
+    pub fn into_stream(self) -> EventStream<'m, B, M> {
+        EventStream::new(self)
     }
 }
 
@@ -236,71 +104,64 @@ impl<B: AttentionBackend, M: LanguageModel<B>> Iterator for Generation<'_, B, M>
     }
 }
 
-fn ids<B: AttentionBackend>(
-    numbers: impl Iterator<Item = i64>,
-    device: &B::Device,
-) -> Tensor<B, 1, Int> {
-    let numbers: Vec<i64> = numbers.collect();
-    let count = numbers.len();
-    Tensor::from_data(TensorData::new(numbers, [count]), device)
+/// Continues every prompt [`num_return_sequences`](GenerationConfig::num_return_sequences) times; the
+/// completions come by prompt, then by sample.
+///
+/// # Errors
+/// [`GenerationError`] if the configuration or a prompt cannot work, or the device fails.
+pub async fn generate_async<B: AttentionBackend, M: LanguageModel<B>>(
+    model: &M,
+    prompts: &[impl AsRef<[u32]>],
+    config: &GenerationConfig,
+) -> Result<Vec<Completion>, GenerationError> {
+    config.validate()?;
+    complete(model, requests(prompts, config)).await
 }
 
-fn check_tokens(
-    prompts: &[Vec<u32>],
-    stop_tokens: &[u32],
-    vocab_size: usize,
-) -> Result<(), GenerationError> {
-    let last = vocab_size.saturating_sub(1);
-    let unknown = |token: &u32| *token as usize > last;
-    for (prompt, tokens) in prompts.iter().enumerate() {
-        if tokens.is_empty() {
-            return Err(GenerationError::EmptyPrompt { prompt });
-        }
-        if let Some(place) = tokens.iter().position(unknown) {
-            let token = tokens[place];
-            return Err(GenerationError::UnknownToken {
-                prompt,
-                place,
-                token,
-                last,
-            });
-        }
-    }
-    match stop_tokens.iter().copied().find(|token| unknown(token)) {
-        Some(token) => Err(GenerationError::UnknownStopToken { token, last }),
-        None => Ok(()),
-    }
+/// As [`generate_async`], and waits for the result.
+///
+/// # Errors
+/// As [`generate_async`], and [`GenerationError::OnlyAsync`] for a GPU in a browser.
+pub fn generate<B: AttentionBackend, M: LanguageModel<B>>(
+    model: &M,
+    prompts: &[impl AsRef<[u32]>],
+    config: &GenerationConfig,
+) -> Result<Vec<Completion>, GenerationError> {
+    wait(generate_async(model, prompts, config))
 }
 
-#[cfg(all(test, feature = "flex"))]
-mod tests {
-    use burn_flex::{Flex, FlexDevice};
-    use mtla_core::attention::AttentionConfig;
-
-    use super::*;
-    use crate::decoder::{Decoder, DecoderConfig};
-
-    /// Bytes of the slots that are held after each step.
-    fn live_bytes(mut generation: Generation<Flex, Decoder<Flex>>) -> Vec<usize> {
-        let mut bytes = Vec::new();
-        while let Some(events) = generation.next() {
-            events.unwrap();
-            bytes.push(generation.cache.live_bytes());
+/// Continues requests of any kind; the completions come by request, then by sample.
+///
+/// # Errors
+/// [`GenerationError`] if one of them cannot work, or the device fails.
+pub async fn complete<B: AttentionBackend, M: LanguageModel<B>>(
+    model: &M,
+    requests: impl IntoIterator<Item = Request>,
+) -> Result<Vec<Completion>, GenerationError> {
+    let mut engine = Engine::new(model);
+    for request in requests {
+        engine.submit(request)?;
+    }
+    let mut finished = Vec::new();
+    while !engine.is_idle() {
+        for Event { request, kind } in engine.advance().await? {
+            match kind {
+                EventKind::Token(_) => {}
+                EventKind::Finished(completions) => finished.push((request, completions)),
+                EventKind::Failed(error) => return Err(error),
+            }
         }
-        bytes
     }
+    finished.sort_by_key(|(request, _)| *request);
+    Ok(finished.into_iter().flat_map(|x| x.1).collect())
+}
 
-    #[test]
-    fn samples_share_the_prompt_and_finished_rows_give_their_cache_back() {
-        let config = DecoderConfig::new(11, 1, AttentionConfig::mtla(8, 2));
-        let device = FlexDevice;
-        let model: Decoder<Flex> = config.init(&device).unwrap();
-        // Rank 16 and rope 2, in 32 bits.
-        let slot = 18 * 4;
-        let config = GenerationConfig::new(3).with_num_samples(4);
-        let generation = Generation::new(&model, &[[1, 2, 3]], &config).unwrap();
-        // Two prompt slots for all. Then each sample continues the open one, three of them in a copy, and
-        // then each gets a slot of its own. The last token ends the samples.
-        assert_eq!(live_bytes(generation), [2 * slot, (1 + 4) * slot, 0]);
-    }
+fn requests<'a>(
+    prompts: &'a [impl AsRef<[u32]>],
+    config: &'a GenerationConfig,
+) -> impl Iterator<Item = Request> + 'a {
+    prompts
+        .iter()
+        .enumerate()
+        .map(|(number, prompt)| Request::new(prompt.as_ref(), config.clone()).with_number(number))
 }

@@ -1,0 +1,262 @@
+//! Many requests in one batch.
+
+mod batch;
+
+use std::collections::VecDeque;
+
+use mtla_core::{cache::Cache, ops::AttentionBackend};
+
+use super::{
+    Event, EventKind, GenerationError, LanguageModel, Request, RequestId,
+    search::{Outcome, Search},
+};
+use batch::{Answers, Batch};
+
+/// Requests that are generated together, each with a configuration of its own. They come and go at any time.
+///
+/// What becomes of a request does not depend on the others, up to rounding in the model.
+///
+/// ```
+/// # #[cfg(feature = "flex")] {
+/// use burn_flex::Flex;
+/// use mtla_core::attention::AttentionConfig;
+/// use mtla_models::{decoder::DecoderConfig, generate::{Engine, EventKind, GenerationConfig, Request}};
+///
+/// # async fn run() -> Result<(), mtla_models::generate::GenerationError> {
+/// let config = DecoderConfig::new(100, 2, AttentionConfig::mtla(32, 4));
+/// let model = config.init::<Flex>(&Default::default()).unwrap();
+/// let mut engine = Engine::new(&model);
+///
+/// let beams = GenerationConfig::new(8).with_num_beams(4);
+/// engine.submit(Request::new([5, 6, 7], beams))?;
+/// engine.advance().await?;
+/// let sampling = GenerationConfig::new(3).with_temperature(0.8).with_num_return_sequences(2);
+/// let second = engine.submit(Request::new([8], sampling))?;
+/// while !engine.is_idle() {
+///     for event in engine.advance().await? {
+///         if let EventKind::Finished(completions) = event.kind {
+///             assert_eq!(completions.len(), if event.request == second { 2 } else { 1 });
+///         }
+///     }
+/// }
+/// # Ok(())
+/// # }
+/// # burn::tensor::try_read_sync(run()).unwrap().unwrap();
+/// # }
+/// ```
+#[derive(Debug)]
+pub struct Engine<B: AttentionBackend, M: LanguageModel<B>> {
+    model: M,
+    cache: Cache<B>,
+    waiting: VecDeque<Job>,
+    /// The rows of the cache are those of the jobs, in this order.
+    running: Vec<Job>,
+    /// What the model was asked and has not answered yet.
+    asked: Option<Batch<B>>,
+    max_rows: usize,
+    submitted: u64,
+}
+
+/// A request on its way.
+#[derive(Debug)]
+struct Job {
+    request: RequestId,
+    search: Search,
+    cancelled: bool,
+}
+
+impl<B: AttentionBackend, M: LanguageModel<B>> Engine<B, M> {
+    /// An engine without requests. It takes a model, or a reference to one.
+    ///
+    /// Take a model without autodiff (`model.valid()` of one in training): generation needs no gradients,
+    /// and would only keep what they need.
+    pub fn new(model: M) -> Self {
+        Self {
+            cache: model.new_cache(),
+            model,
+            waiting: VecDeque::new(),
+            running: Vec::new(),
+            asked: None,
+            max_rows: usize::MAX,
+            submitted: 0,
+        }
+    }
+
+    /// Sets how many rows (samples and beams) are computed together at most. Requests for which there is no
+    /// room wait, and come in their order.
+    #[must_use]
+    pub fn with_max_rows(mut self, rows: usize) -> Self {
+        self.max_rows = rows;
+        self
+    }
+
+    /// Takes a request; nothing is computed yet.
+    ///
+    /// # Errors
+    /// [`GenerationError`] if it cannot work.
+    pub fn submit(&mut self, request: Request) -> Result<RequestId, GenerationError> {
+        request.check(self.model.vocab_size())?;
+        let rows = request.config.rows();
+        if rows > self.max_rows {
+            return Err(GenerationError::TooManyRows {
+                rows,
+                max_rows: self.max_rows,
+            });
+        }
+        let id = RequestId(self.submitted);
+        self.submitted += 1;
+        self.waiting.push_back(Job {
+            request: id,
+            search: Search::new(request)?,
+            cancelled: false,
+        });
+        Ok(id)
+    }
+
+    /// Ends a request; no more events come of it. Whether it was there to be ended.
+    pub fn cancel(&mut self, request: RequestId) -> bool {
+        let waiting = self.waiting.len();
+        self.waiting.retain(|job| job.request != request);
+        if self.waiting.len() < waiting {
+            return true;
+        }
+        let mut running = self.running.iter_mut();
+        let Some(job) = running.find(|job| job.request == request && !job.cancelled) else {
+            return false;
+        };
+        job.cancelled = true;
+        if self.asked.is_none() {
+            self.drop_cancelled();
+        }
+        true
+    }
+
+    /// Whether there is nothing to do.
+    pub fn is_idle(&self) -> bool {
+        self.waiting.is_empty() && self.running.iter().all(|job| job.cancelled)
+    }
+
+    /// Ends all requests.
+    pub fn clear(&mut self) {
+        self.waiting.clear();
+        self.running.clear();
+        self.asked = None;
+        self.cache.reorder(&[]);
+    }
+
+    /// Bytes of the cache that are in use, over all layers; what several beams or samples share counts once.
+    pub fn live_bytes(&self) -> usize {
+        self.cache.live_bytes()
+    }
+
+    /// Goes one token on with every request; what happened comes in the order in which the requests were
+    /// submitted, then by sample. Nothing happens if there are no requests.
+    ///
+    /// If the future is dropped before it is ready, the next one takes up where it was.
+    ///
+    /// # Errors
+    /// [`GenerationError`] if the device fails, which ends all requests.
+    pub async fn advance(&mut self) -> Result<Vec<Event>, GenerationError> {
+        if self.asked.is_none() {
+            self.admit();
+            self.asked = Batch::ask(&self.model, &mut self.cache, &self.running);
+        }
+        let Some(asked) = &self.asked else {
+            return Ok(Vec::new());
+        };
+        let answers = asked.answers().await;
+        self.asked = None;
+        match answers {
+            Ok(answers) => Ok(self.take(&answers)),
+            Err(error) => {
+                self.clear();
+                Err(GenerationError::Device(error))
+            }
+        }
+    }
+
+    /// The numbers of the waiting prompts are `first` higher.
+    pub(super) fn renumber(&mut self, first: usize) {
+        for job in &mut self.waiting {
+            job.search.renumber(first);
+        }
+    }
+
+    /// Lets requests in for which there is room.
+    fn admit(&mut self) {
+        let mut rows: usize = self.running.iter().map(|x| x.search.max_rows()).sum();
+        while let Some(job) = self.waiting.front() {
+            rows = rows.saturating_add(job.search.max_rows());
+            if rows > self.max_rows {
+                return;
+            }
+            self.running.extend(self.waiting.pop_front());
+        }
+    }
+
+    /// Takes what the model says about every row.
+    fn take(&mut self, answers: &Answers) -> Vec<Event> {
+        let mut events = Vec::new();
+        let mut order = Vec::new();
+        let mut answers = answers.reader();
+        let mut first = 0;
+        let held = self.cache.rows();
+        for mut job in std::mem::take(&mut self.running) {
+            let rows = job.search.rows();
+            let answer = answers.next(rows, job.search.is_plain());
+            if !job.cancelled {
+                let outcome = job.search.advance(answer);
+                let (parents, over) = report(job.request, outcome, &mut events);
+                if !over {
+                    order.extend(parents.into_iter().map(|row| first + row));
+                    self.running.push(job);
+                }
+            }
+            first += rows;
+        }
+        if !order.iter().copied().eq(0..held) {
+            self.cache.reorder(&order);
+        }
+        events
+    }
+
+    /// Takes cancelled requests out of the batch.
+    fn drop_cancelled(&mut self) {
+        let mut order = Vec::new();
+        let mut first = 0;
+        for job in &self.running {
+            let rows = first..first + job.search.rows();
+            first = rows.end;
+            if !job.cancelled {
+                order.extend(rows);
+            }
+        }
+        self.running.retain(|job| !job.cancelled);
+        self.cache.reorder(&order);
+    }
+}
+
+/// Makes events of what a step gave; the rows that are continued, and whether the request is over.
+fn report(
+    request: RequestId,
+    outcome: Result<Outcome, GenerationError>,
+    events: &mut Vec<Event>,
+) -> (Vec<usize>, bool) {
+    let mut push = |kind| events.push(Event { request, kind });
+    match outcome {
+        Ok(outcome) => {
+            outcome
+                .events
+                .into_iter()
+                .map(EventKind::Token)
+                .for_each(&mut push);
+            let over = outcome.completions.is_some();
+            outcome.completions.map(EventKind::Finished).map(push);
+            (outcome.parents, over)
+        }
+        Err(error) => {
+            push(EventKind::Failed(error));
+            (Vec::new(), true)
+        }
+    }
+}
