@@ -11,6 +11,13 @@
 //!
 //! Everything is generic over Burn's backends and, but for files, works in a browser: no threads or clocks, and what
 //! reads a tensor back is `async` (with a blocking form beside it).
+//!   [`LanguageModel`](generate::LanguageModel);
+//! * `tokenizer`, with the cargo feature of this name: text to token ids and back with the tokenizer of a
+//!   model directory, and chats as prompts;
+//! * `hub`, with the cargo feature of this name: models by their name on the Hugging Face hub.
+//!
+//! Everything but the last two is generic over Burn's backends and works in a browser: no files, threads or
+//! clocks, and what reads a tensor back is `async` (with a blocking form beside it).
 
 #[cfg(feature = "convert")]
 pub mod convert;
@@ -19,5 +26,9 @@ pub mod decoder;
 mod error;
 pub mod generate;
 pub mod llama;
+#[cfg(feature = "hub")]
+pub mod hub;
+#[cfg(feature = "tokenizer")]
+pub mod tokenizer;
 
 pub use error::ConfigError;
