@@ -130,7 +130,8 @@ fn what_the_norm_leaves_is_near() {
         let difference: Tensor<Flex, 3> = logits(model) - logits(&old);
         difference.square().mean().into_scalar()
     };
-    assert!(distance(&near.model) < 0.2 * distance(&fresh), "{config:?}");
+    let (near, fresh) = (distance(&near.model), distance(&fresh));
+    assert!(near < 0.2 * fresh, "{near} and {fresh} of {config:?}");
 }
 
 #[test]
