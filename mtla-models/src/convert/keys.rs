@@ -3,7 +3,7 @@
 //! A rotation by position turns the two channels of a pair by the same angle in every head. So the heads' pairs
 //! of one frequency may be mixed among each other, and one mixture, the direction in which they vary most, can
 //! serve all heads: head `g` takes the share `u[g]` of it. What is left of a key after that is kept without
-//! rotation. (Mixing heads by frequency is RoRoPE of TransMLA, Meng et al. 2025.)
+//! rotation. (Mixing heads by frequency is `RoRoPE` of `TransMLA`, Meng et al. 2025.)
 
 use faer::{Mat, MatRef};
 use mtla_core::rope::RotaryLayout;

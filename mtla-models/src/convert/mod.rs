@@ -15,7 +15,7 @@
 //! does not fit in one rotary key. So the logits are near and not equal, and some training has to follow; for MTLA,
 //! whose gate and merging are new, more of it. The [`ConversionReport`] says how near.
 //!
-//! Related: MHA2MLA (Ji et al. 2025), TransMLA (Meng et al. 2025).
+//! Related: MHA2MLA (Ji et al. 2025), `TransMLA` (Meng et al. 2025).
 //!
 //! ```
 //! # #[cfg(feature = "flex")] {

@@ -59,10 +59,6 @@ struct Normal {
 impl Normal {
     /// Abramowitz & Stegun 7.1.26 for `x ≥ 0`, and `Φ(−x) = 1 − Φ(x)`.
     #[inline(always)]
-    #[expect(
-        clippy::inline_always,
-        reason = "it has to be part of a vectorised caller"
-    )]
     fn at(x: f32) -> Self {
         const ROOT_HALF: f32 = std::f32::consts::FRAC_1_SQRT_2;
         const DENSITY_AT_0: f32 = 0.398_942_3;
@@ -98,6 +94,8 @@ fn map<const N: usize>(
     f: impl Fn([f32; N]) -> f32 + Sync + Send,
 ) -> Tensor<Flex, 2> {
     const PIECE: usize = 4096;
+    // A function of this kind costs about as much as this many additions.
+    const COST: usize = 8;
     let shape = tensors[0].dims();
     let tensors = tensors.map(|x| {
         assert_eq!(x.dims(), shape, "tensors of one shape");
@@ -106,8 +104,6 @@ fn map<const N: usize>(
     let inputs = tensors.each_ref().map(FlexTensor::storage::<f32>);
     let mut out = vec![0.0; shape[0] * shape[1]];
     let mut pieces: Vec<(usize, &mut [f32])> = out.chunks_mut(PIECE).enumerate().collect();
-    // A function of this kind costs about as much as this many additions.
-    const COST: usize = 8;
     let elements = COST * shape[0] * shape[1];
     for_each_mut(&mut pieces, elements, |(number, out)| {
         let inputs = inputs.map(|x| &x[*number * PIECE..][..out.len()]);
