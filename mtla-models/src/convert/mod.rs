@@ -227,7 +227,10 @@ pub async fn convert_async<B: AttentionBackend>(
     let device = model.embedding.weight.device();
     let mut new = model.clone();
     let mut layers = Vec::with_capacity(model.layers.len());
-    let mut states = model.embed(text);
+    let mut states: Vec<Tensor<B, 3>> = text
+        .iter()
+        .map(|tokens| model.embedding.forward(tokens.clone()))
+        .collect();
     for (old, new) in model.layers.iter().zip(&mut new.layers) {
         let x: Vec<_> = states
             .iter()

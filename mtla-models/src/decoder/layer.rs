@@ -53,6 +53,7 @@ impl<B: AttentionBackend> DecoderLayer<B> {
     }
 
     /// What the layer makes of `x` if its attention has given `attended`.
+    #[cfg(feature = "convert")]
     pub(crate) fn after_attention<const D: usize>(
         &self,
         x: Tensor<B, D>,

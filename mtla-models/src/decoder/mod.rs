@@ -202,15 +202,6 @@ impl<B: AttentionBackend> Decoder<B> {
     }
 }
 
-impl<B: AttentionBackend> Decoder<B> {
-    /// What goes into the first layer, for each batch of tokens.
-    pub(crate) fn embed(&self, text: &[Tensor<B, 2, Int>]) -> Vec<Tensor<B, 3>> {
-        text.iter()
-            .map(|tokens| self.embedding.forward(tokens.clone()))
-            .collect()
-    }
-}
-
 impl<B: AttentionBackend> LanguageModel<B> for Decoder<B> {
     fn vocab_size(&self) -> usize {
         self.embedding.weight.dims()[0]
