@@ -11,7 +11,9 @@ use mtla_core::{
     backend_tests,
     cache::{Cache, SlotLayout},
     ops::AttentionBackend,
-    testing::{Checks, Golden, golden_root, load_attention, load_cross_attention, names::Access},
+    testing::{
+        Checks, Golden, golden_root, load_attention, load_cross_attention, names::Access, one_graph,
+    },
 };
 use serde_json::Value;
 
@@ -118,6 +120,7 @@ impl<B: AttentionBackend> Runner<'_, B> {
         if let Some(mask) = padding {
             input = input.with_key_padding_mask(case.mask(mask, &device));
         }
+        let _alone = one_graph();
         let out = attention.forward(input);
 
         let keep = padding.map(|mask| self.valid_queries(mask, queries));
@@ -539,6 +542,7 @@ fn cross_forward<B: AttentionBackend>(
     if let Some(mask) = test["key_padding_mask"].as_str() {
         input = input.with_key_padding_mask(case.mask(mask, device));
     }
+    let _alone = one_graph();
     let y = attention.forward(input);
     let what = format!("{} {name}", case.name);
     if test["error"].is_string() {

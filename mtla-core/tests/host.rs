@@ -20,6 +20,7 @@ use mtla_core::{
         Dropout, KeyValue, Keys, LaunchKind, SlotLayout, Visibility, launches, plain,
     },
     rope::{RotaryConfig, RotaryLayout},
+    testing::one_graph,
 };
 use proptest::prelude::any;
 
@@ -177,6 +178,7 @@ fn run(
     cotangent: &Tensor<Train, 4>,
 ) -> Vec<Vec<f64>> {
     let counts = case.counts(operands.q.dtype());
+    let _alone = one_graph();
     let y = attend(operands.clone(), &case.problem);
     let y = y.clone() * counts.expand(y.shape());
     let grads = (y.clone() * cotangent.clone()).sum().backward();
@@ -387,6 +389,7 @@ fn products_are_those_of_the_backend() {
                 .cumsum(1)
                 / (1 + shape[0] * shape[1]) as f64;
             let of = |product: fn(Tensor<Train, 2>, Tensor<Train, 2>) -> Tensor<Train, 2>| {
+                let _alone = one_graph();
                 let y = product(a.clone(), b.clone());
                 assert_eq!((y.dims(), y.dtype()), (shape, dtype));
                 let grads = (y.clone() * cotangent.clone()).sum().backward();
@@ -413,6 +416,7 @@ fn products_of_nothing_are_zeros() {
 fn a_constant_factor_gets_no_gradient() {
     let [a, b] = [(), ()].map(|()| Tensor::<Train, 2>::ones([3, 3], &FlexDevice));
     let a = a.require_grad();
+    let _alone = one_graph();
     let grads = Train::product(a.clone(), b.clone()).sum().backward();
     assert!(a.grad(&grads).is_some() && b.grad(&grads).is_none());
 }
@@ -437,6 +441,7 @@ fn activations_are_those_of_the_backend() {
         let x = Tensor::<Train, 2>::from_data(data, (&FlexDevice, dtype)).require_grad();
         for activation in [Activation::Gelu, Activation::Silu] {
             let of = |f: &dyn Fn(Tensor<Train, 2>) -> Tensor<Train, 2>| {
+                let _alone = one_graph();
                 let y = f(x.clone());
                 let grads = y.clone().sum().backward();
                 let grad = values(x.grad(&grads).expect("a gradient"));
@@ -488,6 +493,7 @@ fn rotation_is_the_plain_one() {
             let rotary = rope.rotary::<Train>(dim, &positions, dtype, &FlexDevice);
             let flex_rotary = rope.rotary::<Flex>(dim, &positions, dtype, &FlexDevice);
             let results = [plain::rotate::<Train>, Train::rotate].map(|rotate| {
+                let _alone = one_graph();
                 let y = rotate(x.clone(), &rotary, first);
                 let grads = (y.clone() * cotangent.clone()).sum().backward();
                 [
@@ -526,6 +532,7 @@ fn gate_and_merge_is_the_plain_one() {
             let table = Tensor::<Train, 2>::from_data(draw(&[gates, rank + 1]), place);
             let (latents, table) = (latents.require_grad(), table.require_grad());
             let results = [plain::gate_and_merge::<Train>, Train::gate_and_merge].map(|merge| {
+                let _alone = one_graph();
                 let y = merge(latents.clone(), table.clone(), stride);
                 let grads = (y.clone() * cotangent.clone()).sum().backward();
                 let grad = |x: Option<Tensor<Flex, 3>>| values(x.expect("a gradient"));
@@ -682,6 +689,7 @@ fn every_variant_takes_the_fast_path() {
                 let input = AttentionInput::new(x.clone())
                     .with_lengths(vec![9, 4])
                     .with_dropout_seed(seed);
+                let _alone = one_graph();
                 layer.forward(input).context.sum().backward();
             });
             assert_eq!(trained, [1, 1, 0], "{config:?}");

@@ -17,7 +17,7 @@ use mtla_core::{
     backend_tests,
     cache::{Cache, SlotLayout},
     ops::AttentionBackend,
-    testing::{Checks, Golden, golden_root},
+    testing::{Checks, Golden, golden_root, one_graph},
 };
 use mtla_models::{
     checkpoint::{Layout, file_name},
@@ -169,6 +169,7 @@ impl<B: AttentionBackend> Runner<'_, B> {
         }
         let llama = Llama::<Autodiff<B>>::from_pretrained(directory, self.device);
         let decoder = llama.expect("a checkpoint").decoder;
+        let _alone = one_graph();
         let logits = decoder.forward(self.input("input_ids"));
         let loss = mean_cross_entropy(logits, case.values("labels"));
         self.close(

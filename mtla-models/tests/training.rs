@@ -13,7 +13,9 @@ use burn::{
 };
 use burn_autodiff::Autodiff;
 use common::{VOCAB, batch, configs, tokens};
-use mtla_core::{attention::AttentionConfig, backend_tests, ops::AttentionBackend};
+use mtla_core::{
+    attention::AttentionConfig, backend_tests, ops::AttentionBackend, testing::one_graph,
+};
 use mtla_models::{
     decoder::{Decoder, DecoderConfig, DecoderInput},
     generate::{GenerationConfig, generate},
@@ -51,6 +53,7 @@ fn every_variant_learns_a_batch_by_heart<B: AttentionBackend>(device: &B::Device
             "{before} for {config:?}"
         );
         for _ in 0..60 {
+            let _alone = one_graph();
             let grads = loss(&model, &rows, device).backward();
             let grads = GradientsParams::from_grads(grads, &model);
             model = optimizer.step(1e-2, model, grads);
@@ -115,6 +118,7 @@ fn gradients_reach_every_parameter<B: AttentionBackend>(device: &B::Device) {
     ));
     for config in configs {
         let model = config.init::<Autodiff<B>>(device).unwrap();
+        let _alone = one_graph();
         let grads = loss(&model, &rows, device).backward();
         let (path, missing) = (Vec::new(), Vec::new());
         let mut gradients = Gradients {

@@ -7,8 +7,35 @@
 mod golden;
 mod reference;
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
 pub use golden::{Checks, Golden, golden_root};
 pub use reference::{load_attention, load_cross_attention, names};
+
+/// Waits until no other test works on a graph of operations, and keeps the others waiting.
+///
+/// To be held from the first operation to the end of `backward`: the end of any `backward` of Burn 0.21 sweeps the
+/// graphs of the whole process, and of one that another thread is building it may take steps that
+/// are still needed, whose gradients are then missing from the sums
+/// ([burn#5573](https://github.com/tracel-ai/burn/issues/5573)).
+///
+/// ```
+/// use burn::tensor::Tensor;
+/// use burn_autodiff::Autodiff;
+/// use burn_flex::Flex;
+/// use mtla_core::testing::one_graph;
+///
+/// let x = Tensor::<Autodiff<Flex>, 1>::from_floats([3.0], &Default::default()).require_grad();
+/// let alone = one_graph();
+/// let grads = (x.clone() * x.clone()).backward();
+/// drop(alone);
+/// assert_eq!(x.grad(&grads).unwrap().into_scalar(), 6.0);
+/// ```
+pub fn one_graph() -> MutexGuard<'static, ()> {
+    static GRAPH: Mutex<()> = Mutex::new(());
+    // What it guards is whole even after a panic.
+    GRAPH.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// The backends that are compiled, by the names that [`backend_tests!`](crate::backend_tests) uses.
 pub mod backends {

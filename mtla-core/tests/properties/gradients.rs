@@ -17,6 +17,7 @@ use mtla_core::{
     backend_tests,
     ops::AttentionBackend,
     rope::RotaryConfig,
+    testing::one_graph,
 };
 use proptest::{collection::vec, prelude::any};
 
@@ -279,6 +280,7 @@ fn gradients<A: AutodiffBackend, M: Module<A>>(
     lengths: &[usize],
     forward: impl Fn(&M, &[Tensor<A, 3>]) -> Tensor<A, 3>,
 ) -> Vec<(String, Vec<f64>)> {
+    let _alone = one_graph();
     let output = forward(module, inputs);
     let options = (&output.device(), output.dtype());
     let r = TensorData::new(cotangent(output.dims(), lengths), output.dims());

@@ -2,13 +2,14 @@
 
 use super::error::TrainError;
 use super::workers::Workers;
-use crate::loss::Objective;
+use crate::loss::{Loss, Objective};
 use crate::seed::{Stream, derive};
 use burn::module::{AutodiffModule, ModuleVisitor, Param};
 use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::backend::AutodiffBackend;
 use burn::tensor::{DType, Tensor};
 use std::marker::PhantomData;
+use std::sync::{Mutex, PoisonError};
 
 /// The gradients of a step and the numbers about it, still on the device.
 pub(super) struct Gradients<B: AutodiffBackend> {
@@ -35,6 +36,10 @@ struct Part<B: AutodiffBackend> {
 ///
 /// Batches are computed by the `workers` and added in their order, so that the result
 /// does not depend on how many there are.
+///
+/// No `backward` runs while another batch's graph grows, here or in another trainer of the process: at its end
+/// Burn 0.21 sweeps the graphs of all threads, and of one that is not finished it may take steps that are still
+/// needed, whose gradients are then missing without a word (<https://github.com/tracel-ai/burn/issues/5573>).
 pub(super) fn gradients<B, M>(
     model: &M,
     batches: Vec<M::Batch>,
@@ -46,6 +51,9 @@ where
     B: AutodiffBackend,
     M: AutodiffModule<B> + Objective<B>,
 {
+    static GRAPHS: Mutex<()> = Mutex::new(());
+    // What it guards is whole even after a panic.
+    let _graphs = GRAPHS.lock().unwrap_or_else(PoisonError::into_inner);
     let device = model.devices()[0].clone();
     let mut accumulator = GradientsAccumulator::new();
     let mut losses = Vec::new();
@@ -66,10 +74,11 @@ where
             };
             (model, batch)
         });
-        let parts = workers.map(turn.collect(), |(model, batch)| {
-            part::<B, M>(&model, batch, seed)
+        let forward = workers.map(turn.collect(), |(model, (index, batch))| {
+            let loss = model.loss(batch, Some(derive(seed, Stream::Batch, index)));
+            (model, loss)
         });
-        for part in parts {
+        for part in workers.map(forward, |(model, loss)| part(&model, loss)) {
             if part.tokens == 0 {
                 return Err(TrainError::EmptyBatch { step });
             }
@@ -110,12 +119,11 @@ where
     })
 }
 
-fn part<B, M>(model: &M, (index, batch): (usize, M::Batch), seed: u64) -> Part<B>
+fn part<B, M>(model: &M, loss: Loss<B>) -> Part<B>
 where
     B: AutodiffBackend,
-    M: AutodiffModule<B> + Objective<B>,
+    M: AutodiffModule<B>,
 {
-    let loss = model.loss(batch, Some(derive(seed, Stream::Batch, index)));
     Part {
         tokens: loss.tokens,
         loss: loss.mean.clone().inner().cast(DType::F32),
