@@ -54,6 +54,7 @@ pub struct Engine<B: AttentionBackend, M: LanguageModel<B>> {
     /// What the model was asked and has not answered yet.
     asked: Option<Batch<B>>,
     max_rows: usize,
+    joint_stopping: bool,
     submitted: u64,
 }
 
@@ -78,6 +79,7 @@ impl<B: AttentionBackend, M: LanguageModel<B>> Engine<B, M> {
             running: Vec::new(),
             asked: None,
             max_rows: usize::MAX,
+            joint_stopping: false,
             submitted: 0,
         }
     }
@@ -87,6 +89,16 @@ impl<B: AttentionBackend, M: LanguageModel<B>> Engine<B, M> {
     #[must_use]
     pub fn with_max_rows(mut self, rows: usize) -> Self {
         self.max_rows = rows;
+        self
+    }
+
+    /// Lets beam searches end together, as Hugging Face's do: one that expects nothing better still goes on, and may find
+    /// something, while another of the running requests is not so far. Without this (and with
+    /// [`EarlyStopping::Always`](super::EarlyStopping::Always)) each ends on its own, and the result does not depend on
+    /// the others.
+    #[must_use]
+    pub fn with_joint_stopping(mut self) -> Self {
+        self.joint_stopping = true;
         self
     }
 
@@ -196,24 +208,40 @@ impl<B: AttentionBackend, M: LanguageModel<B>> Engine<B, M> {
 
     /// Takes what the model says about every row.
     fn take(&mut self, answers: &Answers) -> Vec<Event> {
-        let mut events = Vec::new();
-        let mut order = Vec::new();
         let mut answers = answers.reader();
         let mut first = 0;
-        let held = self.cache.rows();
+        let mut advanced = Vec::with_capacity(self.running.len());
         for mut job in std::mem::take(&mut self.running) {
             let rows = job.search.rows();
             let answer = answers.next(rows, job.search.is_plain());
             if !job.cancelled {
                 let outcome = job.search.advance(answer);
-                let (parents, over) = report(job.request, outcome, &mut events);
-                if !over {
-                    order.extend(parents.into_iter().map(|row| first + row));
-                    self.running.push(job);
-                }
+                advanced.push((first, job, outcome));
             }
             first += rows;
         }
+        let open = |outcome: &Outcome| outcome.completions.is_none() && !outcome.settled;
+        let all_settled = !advanced
+            .iter()
+            .any(|(_, _, outcome)| outcome.as_ref().is_ok_and(open));
+
+        let mut events = Vec::new();
+        let mut order = Vec::new();
+        for (first, mut job, outcome) in advanced {
+            let outcome = outcome.map(|outcome| {
+                if outcome.settled && (all_settled || !self.joint_stopping) {
+                    job.search.end()
+                } else {
+                    outcome
+                }
+            });
+            let (parents, over) = report(job.request, outcome, &mut events);
+            if !over {
+                order.extend(parents.into_iter().map(|row| first + row));
+                self.running.push(job);
+            }
+        }
+        let held = self.cache.rows();
         if !order.iter().copied().eq(0..held) {
             self.cache.reorder(&order);
         }

@@ -39,6 +39,16 @@ struct Finished {
     finish: FinishReason,
 }
 
+/// How far a search is.
+enum Progress {
+    /// Unfinished sequences may still matter.
+    Open,
+    /// They are not expected to.
+    Settled,
+    /// They cannot.
+    Over,
+}
+
 /// A continuation of a beam by one token.
 #[derive(Debug, Clone, Copy)]
 struct Candidate {
@@ -102,10 +112,12 @@ impl Beams {
             }
         }
         self.finish(rules, ended);
-        if !self.goes_on(rules, &next, step) {
-            return Ok(self.end(rules));
-        }
         self.unfinished = next;
+        match self.progress(rules, step) {
+            Progress::Open => {}
+            Progress::Settled => outcome.settled = true,
+            Progress::Over => return Ok(self.end(rules)),
+        }
         Ok(outcome)
     }
 
@@ -145,27 +157,31 @@ impl Beams {
         self.finished.truncate(rules.config.num_beams);
     }
 
-    /// Whether unfinished sequences, the best one first, may still matter after `step` tokens.
-    fn goes_on(&self, rules: &Rules, unfinished: &[Beam], step: usize) -> bool {
-        let Some(best) = unfinished.first() else {
-            return false;
+    /// Whether unfinished sequences may still matter after `step` tokens.
+    fn progress(&self, rules: &Rules, step: usize) -> Progress {
+        let Some(best) = self.unfinished.first() else {
+            return Progress::Over;
         };
         let full = self.finished.len() == rules.config.num_beams;
         let Some(worst) = self.finished.last().filter(|_| full) else {
-            return true;
+            return Progress::Open;
         };
         let length = match rules.config.early_stopping {
-            EarlyStopping::Always => return false,
+            EarlyStopping::Always => return Progress::Over,
             EarlyStopping::Never if rules.config.length_penalty > 0.0 => {
                 length(rules.max_new_tokens(), rules)
             }
             EarlyStopping::Never | EarlyStopping::Heuristic => length(step, rules),
         };
-        best.sum / length > worst.score
+        if best.sum / length > worst.score {
+            Progress::Open
+        } else {
+            Progress::Settled
+        }
     }
 
-    /// The best finished sequences.
-    fn end(&mut self, rules: &Rules) -> Outcome {
+    /// Stops, with the best finished sequences.
+    pub(super) fn end(&mut self, rules: &Rules) -> Outcome {
         let mut events = Vec::new();
         let mut completions = Vec::new();
         let best = std::mem::take(&mut self.finished).into_iter();
@@ -186,9 +202,9 @@ impl Beams {
             completions.push(completion);
         }
         Outcome {
-            parents: Vec::new(),
             events,
             completions: Some(completions),
+            ..Outcome::default()
         }
     }
 }

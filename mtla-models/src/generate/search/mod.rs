@@ -52,6 +52,8 @@ pub(super) struct Outcome {
     pub(super) events: Vec<TokenEvent>,
     /// All sequences, when the last one has ended.
     pub(super) completions: Option<Vec<Completion>>,
+    /// A search that goes on could as well [end](Search::end): nothing better is expected.
+    pub(super) settled: bool,
 }
 
 /// The sequences of one request.
@@ -118,6 +120,14 @@ impl Search {
         match &mut self.method {
             Method::Samples(samples) => samples.advance(&self.rules, rows),
             Method::Beams(beams) => beams.advance(&self.rules, rows),
+        }
+    }
+
+    /// Ends a search that is [settled](Outcome::settled).
+    pub(super) fn end(&mut self) -> Outcome {
+        match &mut self.method {
+            Method::Samples(_) => Outcome::default(),
+            Method::Beams(beams) => beams.end(&self.rules),
         }
     }
 }

@@ -1,7 +1,6 @@
-//! Parity of the logits processors with Hugging Face's: every recorded one is applied and compared.
-//! `MTLA_GOLDEN` names another root folder (with a folder `llama_mtla`).
+//! The logits processors: every recorded one is applied and compared with Hugging Face's.
 
-use mtla_core::testing::{Checks, Golden, golden_root};
+use mtla_core::testing::{Checks, Golden};
 use mtla_models::generate::processors::{
     BadWords, EpsilonCutoff, EtaCutoff, ExponentialDecay, ForcedLast, LogitsProcessor, MinLength,
     MinP, NoRepeatNgram, RepetitionPenalty, SuppressTokens, Temperature, TopK, TopP, TypicalP,
@@ -103,8 +102,7 @@ fn difference(found: &[f32], expected: &[f32]) -> f32 {
 
 #[test]
 fn processors_do_what_hugging_face_does() {
-    let root = golden_root(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures"));
-    let golden = Golden::load(&root.join("llama_mtla/logits_processors.json"));
+    let golden = Golden::load(&crate::root().join("llama_mtla/logits_processors.json"));
     let histories: Vec<Vec<u32>> = golden
         .integers("input_ids")
         .iter()

@@ -1,9 +1,4 @@
-//! Parity with Python: every recorded checkpoint found in the folders is loaded and compared, chosen by what its
-//! JSON says. `MTLA_GOLDEN` names another root folder (with folders `llama_mtla` and `llama_plain`).
-
-#![cfg(feature = "files")]
-
-mod common;
+//! Checkpoints: logits, hidden states, losses and gradients, with and without cache.
 
 use std::path::{Path, PathBuf};
 
@@ -12,18 +7,19 @@ use burn::{
     tensor::{Int, Tensor, TensorData, activation::log_softmax, backend::AutodiffBackend},
 };
 use burn_autodiff::Autodiff;
-use common::cached::cached_logits;
 use mtla_core::{
     backend_tests,
     cache::{Cache, SlotLayout},
     ops::AttentionBackend,
-    testing::{Checks, Golden, golden_root, one_graph},
+    testing::{Checks, Golden, one_graph},
 };
 use mtla_models::{
     checkpoint::{Layout, file_name},
     decoder::{Decoder, DecoderInput},
     llama::{KEYS, Llama, LoadOptions, SavedHead},
 };
+
+use crate::{cases, common, common::cached::cached_logits, directory_name};
 
 backend_tests!(checkpoints);
 
@@ -34,34 +30,15 @@ const GRADIENT: f64 = 1e-4;
 /// Python's own ways through a model agree where they differ by less.
 const AGREEMENT: f64 = 1e-3;
 
-/// Recorded cases with the directory of their checkpoint.
-fn cases() -> Vec<(PathBuf, Golden)> {
-    let root = golden_root(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures"));
-    let mut cases = Vec::new();
-    for folder in ["llama_mtla", "llama_plain"] {
-        let folder = root.join(folder);
-        for case in Golden::load_all(&folder) {
-            if let Some(checkpoint) = case.json["checkpoint"].as_str() {
-                cases.push((folder.join(checkpoint), case));
-            }
-        }
-    }
-    cases
-}
-
 /// Other directories beside a checkpoint whose name says that they hold the same weights.
 fn twins(directory: &Path) -> Vec<PathBuf> {
-    let (Some(folder), Some(name)) = (directory.parent(), directory.file_name()) else {
-        return Vec::new();
-    };
-    let twin = folder.join(format!("{}_sharded", name.to_string_lossy()));
+    let twin = directory.with_file_name(format!("{}_sharded", directory_name(directory)));
     twin.is_dir().then_some(twin).into_iter().collect()
 }
 
 fn checkpoints<B: AttentionBackend>(device: &B::Device) {
     let mut checks = Checks::default();
     let cases = cases();
-    assert!(!cases.is_empty(), "there is no recorded checkpoint");
     for (directory, case) in &cases {
         let mut runner = Runner::<B> {
             case,
