@@ -103,7 +103,47 @@ fn attend<B: AttentionBackend>(c: &mut Criterion) {
     }
 }
 
+/// Products of a few rows, as in decoding, with weights as they are made here (`[inputs, outputs]` in memory) and as
+/// files have them (`[outputs, inputs]`).
+fn product<B: AttentionBackend>(c: &mut Criterion) {
+    let device = B::Device::default();
+    let [inputs, outputs] = [768, 2048];
+    let mut group = c.benchmark_group(format!(
+        "{} product, {inputs} to {outputs}",
+        B::name(&device)
+    ));
+    group
+        .sample_size(10)
+        .measurement_time(Duration::from_secs(2));
+    // More than the caches hold, as the layers of a model are.
+    let weights: Vec<_> = (0..20)
+        .map(|_| input::<B, 2>([outputs, inputs], &device))
+        .collect();
+    for rows in [1, 2, 8, 16, 40, 64, 128] {
+        let x = input::<B, 2>([rows, inputs], &device);
+        let from_files: Vec<_> = weights.iter().map(|w| w.clone().transpose()).collect();
+        let made_here: Vec<_> = from_files.iter().map(|w| w.clone().mul_scalar(1)).collect();
+        let [a, b] = [&from_files, &made_here].map(|w| B::product(x.clone(), w[0].clone()));
+        a.into_data()
+            .assert_approx_eq::<f32>(&b.into_data(), Tolerance::rel_abs(1e-4, 1e-4));
+        group.throughput(Throughput::Elements((20 * rows * inputs * outputs) as u64));
+        for (name, weights) in [("made here", &made_here), ("from files", &from_files)] {
+            group.bench_function(BenchmarkId::new(name, rows), |b| {
+                b.iter(|| {
+                    for weight in weights {
+                        black_box(B::product(x.clone(), weight.clone()));
+                    }
+                    B::sync(&device).expect("the device works");
+                });
+            });
+        }
+    }
+    group.finish();
+}
+
 fn all(c: &mut Criterion) {
+    #[cfg(feature = "flex")]
+    product::<backends::Flex>(c);
     #[cfg(feature = "flex")]
     attend::<backends::Flex>(c);
     #[cfg(feature = "ndarray")]

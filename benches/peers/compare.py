@@ -6,8 +6,12 @@
     benches/peers/compare.py w1 mtla:2 --tokens 256,2048
     benches/peers/compare.py memory                 peak memory of the same, up to 16k tokens
 
+    python3 -m pip install transformers==4.51.3
+    benches/peers/compare.py llama                  a Hugging Face checkpoint: a prompt, then token by token
+    benches/peers/compare.py llama mtla:4 mha:1 --batches 1 --tokens 1024
+
 Both sides get the same weights and inputs, which PyTorch makes. Before anything is timed, outputs and all
-gradients have to agree. Then both run in turns, two threads each; the median counts. One JSON object is
+gradients (of `llama`: logits) have to agree. Then both run in turns, two threads each; the median counts. One JSON object is
 printed per row:
 
     variant, down_rate, T       what was run: batch 4, d_model 512, 8 heads, f32
@@ -17,6 +21,14 @@ printed per row:
     floor_ms                    all matrix products at the speed of one large product on our side
     ours_peak_mib, torch_peak_mib   the largest resident set of each process, which keeps what it frees here
     largest_difference          between the two sides, relative to the largest entry of each tensor
+
+and of `llama` (12 layers, hidden size 768, 12 heads, vocabulary 32000, f32; mtla by Python's package of that name,
+mha and gqa by transformers):
+
+    batch, prompt, new_tokens   rows, tokens of each prompt, tokens generated greedily after it
+    ours_prefill_ms, torch_prefill_ms, prefill_ratio    until the first new token; torch/ours
+    ours_tokens_per_s, torch_tokens_per_s, ratio        of the others, all rows together; ours/torch
+    ours_cache_bytes, torch_cache_bytes                 held at the end
 """
 
 import argparse
@@ -31,6 +43,7 @@ import tempfile
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 TORCH = [sys.executable, str(HERE / "torch_layer.py")]
+TORCH_LLAMA = [sys.executable, str(HERE / "torch_llama.py")]
 VARIANTS = ["mtla:2", "mtla:3", "mtla:4", "mha:1", "gqa:1", "mla:1"]
 THREADS = "2"
 TOLERANCE = 1e-4
@@ -59,9 +72,9 @@ class Side:
         self.process.wait()
 
 
-def build():
+def build(program):
     """Compiles our side and returns its path."""
-    command = ["cargo", "build", "--release", "--locked", "-p", "mtla-benches", "--bin", "peer-layer",
+    command = ["cargo", "build", "--release", "--locked", "-p", "mtla-benches", "--bin", program,
                "--message-format", "json"]
     lines = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
     built = [json.loads(line).get("executable") for line in lines]
@@ -161,21 +174,59 @@ def memory(binary, variants, lengths):
                 print(json.dumps(row), flush=True)
 
 
+def llama(binary, variants, batches, prompt, new_tokens, runs):
+    for variant, rate in (name.split(":") for name in variants):
+        for batch in batches:
+            with tempfile.TemporaryDirectory() as folder:
+                subprocess.run([*TORCH_LLAMA, "write", folder, variant, rate, str(batch), str(prompt)], check=True)
+                sides = {"ours": Side(binary, folder, settings=KEEP_MEMORY),
+                         "torch": Side(*TORCH_LLAMA, "serve", folder, settings=KEEP_MEMORY)}
+                for name, side in sides.items():
+                    side.ask(f"check {folder}/{name}")
+                worst = difference(f"{folder}/ours", f"{folder}/torch")
+                if not worst < TOLERANCE:
+                    raise SystemExit(f"{variant}, batch {batch}: the sides differ by {worst}")
+                found = {name: [] for name in sides}
+                for _ in range(runs):
+                    for name, side in sides.items():
+                        found[name].append([float(x) for x in side.ask(f"run {new_tokens}").split()])
+                prefill, decode, held = ({name: statistics.median(run[i] for run in found[name]) for name in sides}
+                                         for i in range(3))
+                speed = {name: batch * (new_tokens - 1) / decode[name] * 1e3 for name in sides}
+                row = dict(variant=variant, down_rate=int(rate), batch=batch, prompt=prompt, new_tokens=new_tokens)
+                row |= {f"{name}_prefill_ms": round(prefill[name]) for name in sides}
+                row["prefill_ratio"] = round(prefill["torch"] / prefill["ours"], 2)
+                row |= {f"{name}_tokens_per_s": round(speed[name], 1) for name in sides}
+                row["ratio"] = round(speed["ours"] / speed["torch"], 2)
+                row |= {f"{name}_cache_bytes": int(held[name]) for name in sides}
+                row |= {f"{name}_peak_mib": int(side.ask("peak")) // 1024 for name, side in sides.items()}
+                row["largest_difference"] = float(f"{worst:.1e}")
+                print(json.dumps(row), flush=True)
+                for side in sides.values():
+                    side.close()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", choices=["w1", "memory"])
+    parser.add_argument("work", choices=["w1", "memory", "llama"])
     parser.add_argument("variants", nargs="*", help="such as mtla:2 or mha:1 (variant and down rate)")
     parser.add_argument("--tokens", help="lengths, such as 256,512")
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--runs", type=int, default=7, help="timed runs of each side")
+    parser.add_argument("--batches", default="1,8", help="of llama, such as 1,8")
+    parser.add_argument("--new-tokens", type=int, default=128, help="of llama")
+    parser.add_argument("--runs", type=int, help="timed runs of each side")
     arguments = parser.parse_args()
     numbers = [int(n) for n in arguments.tokens.split(",")] if arguments.tokens else None
-    binary = build()
-    if arguments.work == "w1":
+    if arguments.work == "llama":
+        batches = [int(n) for n in arguments.batches.split(",")]
+        for prompt in numbers or [512]:
+            llama(build("peer-llama"), arguments.variants or ["mtla:2", "mtla:4", "mha:1"], batches, prompt,
+                  arguments.new_tokens, arguments.runs or 3)
+    elif arguments.work == "w1":
         lengths = numbers or [256, 512, 1024, 2048]
-        w1(binary, arguments.variants or VARIANTS, lengths, arguments.batch, arguments.runs)
+        w1(build("peer-layer"), arguments.variants or VARIANTS, lengths, arguments.batch, arguments.runs or 7)
     else:
-        memory(binary, arguments.variants or ["mtla:2", "mha:1"], numbers or [1024, 2048, 4096, 8192, 16384])
+        memory(build("peer-layer"), arguments.variants or ["mtla:2", "mha:1"], numbers or [1024, 2048, 4096, 8192, 16384])
 
 
 if __name__ == "__main__":

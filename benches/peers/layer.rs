@@ -5,17 +5,13 @@
 //! gradients, `time` runs once and answers milliseconds, `peak` answers the peak memory in KiB, `speed`
 //! answers the speed of a large matrix product in GFLOP/s.
 
-use std::{
-    collections::BTreeMap,
-    io::{BufRead, Write},
-    path::Path,
-    time::Instant,
-};
+use std::{collections::BTreeMap, path::Path, time::Instant};
 
 use anyhow::{Context, bail};
 use burn::tensor::{Distribution, Tensor, TensorData};
 use burn_autodiff::{Autodiff, grads::Gradients};
 use burn_flex::{Flex, FlexDevice};
+use mtla_benches::peer::{answer_commands, peak};
 use mtla_core::{
     attention::{Attention, AttentionInput},
     testing::{Golden, load_attention, names::Access},
@@ -108,35 +104,21 @@ fn speed() -> f64 {
     2.0 * (N as f64).powi(3) / seconds / 1e9
 }
 
-/// The largest resident set so far, in KiB.
-fn peak() -> anyhow::Result<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").context("this needs Linux")?;
-    let line = status
-        .lines()
-        .find_map(|line| line.strip_prefix("VmHWM:"))
-        .context("no VmHWM in /proc/self/status")?;
-    Ok(line.trim().trim_end_matches(" kB").trim().parse()?)
-}
-
 fn main() -> anyhow::Result<()> {
     let case = std::env::args()
         .nth(1)
         .context("usage: peer-layer CASE.json")?;
     let mut layer = Layer::load(Path::new(&case));
-    let mut stdout = std::io::stdout();
-    for line in std::io::stdin().lock().lines() {
-        let line = line?;
-        match line.split_once(' ').unwrap_or((&line, "")) {
-            ("check", path) => {
-                layer.check(Path::new(path))?;
-                writeln!(stdout, "done")?;
+    answer_commands(|command, argument| {
+        Ok(match command {
+            "check" => {
+                layer.check(Path::new(argument))?;
+                "done".into()
             }
-            ("time", _) => writeln!(stdout, "{}", layer.time())?,
-            ("peak", _) => writeln!(stdout, "{}", peak()?)?,
-            ("speed", _) => writeln!(stdout, "{}", speed())?,
-            (other, _) => bail!("unknown command {other}"),
-        }
-        stdout.flush()?;
-    }
-    Ok(())
+            "time" => layer.time().to_string(),
+            "peak" => peak()?.to_string(),
+            "speed" => speed().to_string(),
+            other => bail!("unknown command {other}"),
+        })
+    })
 }

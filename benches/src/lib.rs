@@ -2,6 +2,8 @@
 
 #![warn(missing_docs)]
 
+pub mod peer;
+
 use burn::tensor::{Distribution, Tensor, backend::Backend};
 use mtla_core::attention::AttentionConfig;
 

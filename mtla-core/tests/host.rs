@@ -358,7 +358,7 @@ fn gradients_are_finite_differences() {
 /// Two random factors, each straight, transposed, reversed or a part of something larger.
 fn factors(seed: u64, dtype: DType) -> [Tensor<Train, 2>; 2] {
     let mut n = Numbers::new(seed);
-    let sizes = [1, 2, 7, 33, 190];
+    let sizes = [1, 2, 7, 16, 33, 190];
     let mut size = || sizes[n.below(sizes.len())];
     let [m, k, n_] = [size(), size(), size()];
     let mut draw = |rows: usize, columns: usize| {
@@ -398,6 +398,31 @@ fn products_are_those_of_the_backend() {
             };
             let (host, burn) = (of(Train::product), of(Tensor::matmul));
             assert_close(&host, &burn, tolerance, "product");
+        }
+    });
+}
+
+#[test]
+fn products_of_few_rows_are_those_of_the_backend() {
+    check(64, any::<u64>(), |seed| {
+        let mut n = Numbers::new(seed);
+        let mut pick = |sizes: &[usize]| sizes[n.below(sizes.len())];
+        let rows = pick(&[1, 2, 3, 4, 7, 8, 15, 16, 17]);
+        let (inputs, outputs) = (
+            pick(&[1, 5, 8, 31, 64, 190]),
+            pick(&[1, 2, 3, 47, 48, 97, 200]),
+        );
+        let mut draw = |rows: usize, columns: usize| {
+            let data = TensorData::new(n.normals(rows * columns), [rows, columns]);
+            Tensor::<Flex, 2>::from_data(data.convert_dtype(DType::F32), &FlexDevice)
+        };
+        // Weights as in a file, and as a part of a larger one.
+        let weight = draw(outputs + 2, inputs);
+        for first in [0, 2] {
+            let weight = weight.clone().narrow(0, first, outputs).transpose();
+            let x = draw(rows + 1, inputs).narrow(0, 1, rows);
+            let [host, burn] = [Flex::product(x.clone(), weight.clone()), x.matmul(weight)];
+            assert_close(&[values(host)], &[values(burn)], 1e-5, "product");
         }
     });
 }

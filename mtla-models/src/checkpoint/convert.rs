@@ -8,8 +8,8 @@ use super::{Layout, weights::Weight};
 /// Side of the square blocks that a matrix is transposed by: both sides of a block stay in the cache.
 const BLOCK: usize = 32;
 
-/// The numbers of a weight in the type `dtype`, as they lie here; `None` if the file's type or `dtype` is not one
-/// of floats.
+/// The numbers of a weight in the type `dtype`; `None` if the file's type or `dtype` is not one of floats. They lie as
+/// they do here, but those of [`Layout::Transposed`] as in the file.
 ///
 /// Allocates what it returns and nothing else.
 pub(super) fn read(weight: Weight<'_>, layout: Layout, dtype: DType) -> Option<TensorData> {
@@ -38,7 +38,7 @@ fn arrange<E: Element, const N: usize>(
 ) -> TensorData {
     let (numbers, _) = weight.bytes.as_chunks::<N>();
     match (layout, weight.shape) {
-        (Layout::Transposed, &[outputs, inputs]) => {
+        (Layout::Rearranged, &[outputs, inputs]) => {
             let values = transpose(outputs, inputs, |i| number(numbers[i]));
             TensorData::new(values, [inputs, outputs])
         }
@@ -94,7 +94,9 @@ fn bytes<E: Element, const N: usize>(
         .as_slice::<E>()
         .expect("the type that it was converted to");
     let turned = match (layout, &data.shape[..]) {
-        (Layout::Transposed, &[inputs, outputs]) => Some(transpose(inputs, outputs, |i| values[i])),
+        (Layout::Transposed | Layout::Rearranged, &[inputs, outputs]) => {
+            Some(transpose(inputs, outputs, |i| values[i]))
+        }
         _ => None,
     };
     let values = turned.as_deref().unwrap_or(values);
@@ -116,12 +118,12 @@ mod tests {
             (DType::F16, Dtype::F16),
             (DType::BF16, Dtype::BF16),
         ] {
-            for layout in [Layout::Same, Layout::Transposed] {
+            for layout in [Layout::Same, Layout::Rearranged] {
                 let data = TensorData::new(values.clone(), [rows, columns]).convert_dtype(dtype);
                 let bytes = write(data.clone(), layout, file);
                 let shape = match layout {
                     Layout::Same => [rows, columns],
-                    Layout::Transposed => [columns, rows],
+                    _ => [columns, rows],
                 };
                 let weight = Weight {
                     path: Path::new(""),
@@ -131,6 +133,9 @@ mod tests {
                 };
                 let again = read(weight, layout, dtype).unwrap();
                 again.assert_eq(&data, true);
+                let as_it_is = read(weight, Layout::Transposed, dtype).unwrap();
+                assert_eq!(as_it_is.as_bytes().len(), bytes.len());
+                assert_eq!(&as_it_is.shape[..], shape);
             }
         }
     }

@@ -5,8 +5,11 @@
 pub enum Layout {
     /// As here.
     Same,
-    /// `[outputs, inputs]` in the file, as PyTorch's linear maps are; `[inputs, outputs]` here.
+    /// `[outputs, inputs]` in the file, as PyTorch's linear maps are; `[inputs, outputs]` here, which after loading is
+    /// a view of what the file has: products of a few rows read it in that order.
     Transposed,
+    /// The same, laid out anew when it is loaded: for a matrix of which parts are taken.
+    Rearranged,
 }
 
 /// One weight, or one weight of each layer: `{}` stands for the number of the layer.
@@ -36,6 +39,15 @@ impl Key {
             file,
             ours,
             layout: Layout::Transposed,
+        }
+    }
+
+    /// A matrix like that of a linear map, of which parts are taken.
+    pub const fn rearranged(file: &'static str, ours: &'static str) -> Self {
+        Self {
+            file,
+            ours,
+            layout: Layout::Rearranged,
         }
     }
 }

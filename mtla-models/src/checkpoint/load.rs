@@ -6,7 +6,7 @@ use burn::{
 };
 
 use super::{
-    CheckpointError, Key, Names, convert,
+    CheckpointError, Key, Layout, Names, convert,
     keys::matches,
     visit::{Path, entries},
     weights::Weights,
@@ -116,7 +116,11 @@ impl<B: Backend> Mapper<'_, B> {
                 found: format!("{:?}", weight.dtype),
             });
         };
-        Ok(Tensor::from_data(data, (self.device, self.dtype)))
+        let tensor = Tensor::<B, D>::from_data(data, (self.device, self.dtype));
+        Ok(match entry.layout {
+            Layout::Transposed => tensor.swap_dims(0, 1),
+            Layout::Same | Layout::Rearranged => tensor,
+        })
     }
 }
 

@@ -36,7 +36,7 @@ impl Path {
         let path = self.0.join(".");
         let (name, layout) = file_name(keys, &path).ok_or(CheckpointError::NoName { path })?;
         let mut shape = shape.to_vec();
-        if layout == Layout::Transposed {
+        if layout != Layout::Same {
             shape.reverse();
         }
         Ok(Entry {

@@ -57,7 +57,7 @@ pub const KEYS: &[Key] = &[
     Key::transposed("model.layers.{}.self_attn.wkv_a.weight", "layers.{}.attention.Latent.wkv_a.weight"),
     Key::same("model.layers.{}.self_attn.kv_norm.weight", "layers.{}.attention.Latent.kv_norm.gamma"),
     Key::same("model.layers.{}.self_attn.kv_norm.bias", "layers.{}.attention.Latent.kv_norm.beta"),
-    Key::transposed("model.layers.{}.self_attn.wkv_b.weight", "layers.{}.attention.Latent.wkv_b.weight"),
+    Key::rearranged("model.layers.{}.self_attn.wkv_b.weight", "layers.{}.attention.Latent.wkv_b.weight"),
     Key::transposed("model.layers.{}.self_attn.wo.weight", "layers.{}.attention.Latent.wo.weight"),
     Key::transposed("model.layers.{}.self_attn.hypernet_down.fc_c.weight", "layers.{}.attention.Latent.gate.fc_c.weight"),
     Key::same("model.layers.{}.self_attn.hypernet_down.fc_c.bias", "layers.{}.attention.Latent.gate.fc_c.bias"),

@@ -338,7 +338,7 @@ impl<B: AttentionBackend> ModuleVisitor<Autodiff<B>> for Gradients<'_, B> {
         let gradient = param.val().grad(self.grads).expect("a gradient");
         let gradient = match layout {
             Layout::Same => gradient,
-            Layout::Transposed => gradient.transpose(),
+            Layout::Transposed | Layout::Rearranged => gradient.transpose(),
         };
         self.found.push((name, gradient.into_data()));
     }

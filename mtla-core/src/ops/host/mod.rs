@@ -24,6 +24,7 @@ mod activation;
 mod attend_backward;
 mod attend_forward;
 mod decode;
+mod few_rows;
 mod keys;
 mod matrix;
 mod merge;
