@@ -85,6 +85,17 @@ impl Folder {
         String::from_utf8(output.stdout).unwrap()
     }
 
+    /// Runs `mtla` where it has to fail with this code and these words, and to write nothing.
+    fn refuse(&self, arguments: &str, code: i32, parts: &[&str]) {
+        let output = self.run(&arguments.split_whitespace().collect::<Vec<_>>());
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(code), "{arguments}: {error}");
+        for part in parts {
+            assert!(error.contains(part), "{part:?} in {error} of {arguments}");
+        }
+        assert!(!self.path("out").exists() && !self.path("out.tmp").exists());
+    }
+
     /// The lines of JSON of `mtla generate`.
     fn lines(&self, arguments: &[&str]) -> Vec<Value> {
         let all = [&["generate", "model", "--json"], arguments].concat();
@@ -336,147 +347,62 @@ fn info_tells_what_a_model_is() {
 }
 
 #[test]
-fn what_cannot_work_is_told() {
+fn generation_that_cannot_work_is_told() {
     let folder = Folder::new();
     folder.write("bad.txt", b"first\nsecond \xff");
-    folder.write("short.txt", b"Too short.");
     folder.write("empty.txt", b"");
+    let refuse = |more: &str, code, parts: &[&str]| {
+        folder.refuse(&format!("generate model {more}"), code, parts);
+    };
+    refuse("", 2, &["--prompt"]);
+    let bad = ["bad.txt", "byte 13", "line 2"];
+    refuse("--prompt-file bad.txt", 1, &bad);
+    refuse("--prompt-file empty.txt", 1, &["empty.txt is empty"]);
+    refuse("--prompt-file gone.txt", 1, &["gone.txt cannot be read"]);
+    refuse("-p a --temperature 0", 2, &["--temperature", "--greedy"]);
+    refuse("-p a --temperature -1", 2, &["positive number"]);
+    refuse("-p a --top-p 1.5", 1, &["top_p is 1.5"]);
+    refuse("-p a --chat", 1, &["no chat template"]);
+    refuse("-p a --log-probs", 2, &["--json"]);
+    refuse("-p a --batch-size 0", 2, &["--batch-size"]);
+    refuse("-p a --num-beams 2 --top-k 5", 1, &["num_beams is 2"]);
+    let two = "-p a --num-return-sequences 2";
+    refuse(two, 1, &["num_return_sequences is 2"]);
+    refuse(&format!("{two} --top-k 5 --stream"), 1, &["--stream"]);
+    let nowhere = ["nowhere is no directory", "hub:"];
+    folder.refuse("generate nowhere -p a", 1, &nowhere);
+    folder.refuse("info nowhere", 1, &nowhere);
+
     let bare = Folder::new();
     fs::remove_file(bare.path("model/tokenizer.json")).unwrap();
+    bare.refuse("generate model -p a", 1, &["tokenizer.json cannot be read"]);
     let small = Folder::of(&config(100));
+    small.refuse("generate model -p a", 1, &["tokenizer.json", "id 100"]);
+}
+
+#[test]
+fn conversion_that_cannot_work_is_told() {
+    let folder = Folder::new();
+    folder.write("bad.txt", b"\xff");
+    folder.write("short.txt", b"Too short.");
+    let refuse = |more: &str, code, parts: &[&str]| {
+        folder.refuse(&format!("convert model {more}"), code, parts);
+    };
+    refuse("out --text short.txt", 1, &["short.txt has", "too few"]);
+    refuse("out --text bad.txt", 1, &["bad.txt is not UTF-8"]);
+    refuse("out --kv-lora-rank 99", 1, &["kv_lora_rank is 99"]);
+    refuse("out --rope-dim 3", 1, &["qk_rope_head_dim is 3"]);
+    refuse("out --attention mla --down-rate 2", 2, &["--down-rate"]);
+    refuse("out --tokens 20", 1, &["--tokens is 20"]);
+    refuse("model --force", 1, &["model is the model itself"]);
+    refuse("short.txt", 1, &["short.txt is not a directory"]);
+
     let biased = Folder::of(&LlamaConfig {
         attention_bias: true,
         ..config(VOCABULARY)
     });
-    let generate = ["generate", "model", "-p", "a"];
-    let with = |more: &[&'static str]| [&generate[..], more].concat();
-    let cases: Vec<(&Folder, Vec<&str>, i32, &[&str])> = vec![
-        (
-            &folder,
-            vec!["generate", "nowhere", "-p", "a"],
-            1,
-            &["nowhere is no directory", "hub:"],
-        ),
-        (&folder, vec!["generate", "model"], 2, &["--prompt"]),
-        (
-            &folder,
-            vec!["generate", "model", "--prompt-file", "bad.txt"],
-            1,
-            &["bad.txt", "byte 13", "line 2"],
-        ),
-        (
-            &folder,
-            vec!["generate", "model", "--prompt-file", "empty.txt"],
-            1,
-            &["empty.txt is empty"],
-        ),
-        (
-            &folder,
-            vec!["generate", "model", "--prompt-file", "gone.txt"],
-            1,
-            &["gone.txt cannot be read"],
-        ),
-        (
-            &bare,
-            generate.to_vec(),
-            1,
-            &["tokenizer.json cannot be read"],
-        ),
-        (&small, generate.to_vec(), 1, &["tokenizer.json", "id 100"]),
-        (
-            &folder,
-            with(&["--temperature", "0"]),
-            2,
-            &["--temperature", "--greedy"],
-        ),
-        (
-            &folder,
-            with(&["--temperature", "-1"]),
-            2,
-            &["positive number"],
-        ),
-        (&folder, with(&["--top-p", "1.5"]), 1, &["top_p is 1.5"]),
-        (
-            &folder,
-            with(&["--num-return-sequences", "2"]),
-            1,
-            &["num_return_sequences is 2"],
-        ),
-        (
-            &folder,
-            with(&["--num-beams", "2", "--temperature", "1"]),
-            1,
-            &["num_beams is 2"],
-        ),
-        (&folder, with(&["--chat"]), 1, &["no chat template"]),
-        (
-            &folder,
-            with(&["--stream", "--num-return-sequences", "2", "--top-k", "5"]),
-            1,
-            &["--stream"],
-        ),
-        (&folder, with(&["--log-probs"]), 2, &["--json"]),
-        (&folder, with(&["--batch-size", "0"]), 2, &["--batch-size"]),
-        (
-            &folder,
-            vec!["convert", "model", "out", "--text", "short.txt"],
-            1,
-            &["short.txt has", "too few"],
-        ),
-        (
-            &folder,
-            vec!["convert", "model", "out", "--text", "bad.txt"],
-            1,
-            &["bad.txt is not UTF-8"],
-        ),
-        (
-            &folder,
-            vec!["convert", "model", "out", "--kv-lora-rank", "99"],
-            1,
-            &["kv_lora_rank is 99"],
-        ),
-        (
-            &folder,
-            vec![
-                "convert",
-                "model",
-                "out",
-                "--attention",
-                "mla",
-                "--down-rate",
-                "2",
-            ],
-            2,
-            &["--down-rate"],
-        ),
-        (
-            &folder,
-            vec!["convert", "model", "model", "--force"],
-            1,
-            &["model is the model itself"],
-        ),
-        (
-            &biased,
-            vec!["convert", "model", "out"],
-            1,
-            &["config.json", "attention_bias"],
-        ),
-        (
-            &folder,
-            vec!["info", "nowhere"],
-            1,
-            &["nowhere is no directory"],
-        ),
-    ];
-    for (folder, arguments, code, expected) in cases {
-        let output = folder.run(&arguments);
-        let error = String::from_utf8(output.stderr).unwrap();
-        assert_eq!(output.status.code(), Some(code), "{arguments:?}: {error}");
-        for part in expected {
-            assert!(error.contains(part), "{part:?} in {error} of {arguments:?}");
-        }
-        assert!(!folder.path("out").exists() && !folder.path("out.tmp").exists());
-    }
+    let parts = ["config.json", "attention_bias"];
+    biased.refuse("convert model out", 1, &parts);
 }
 
 #[test]

@@ -135,10 +135,10 @@ impl<'a> Output<'a> {
 
     /// The text of a completion, without the token that ends it.
     fn decode(&self, completion: &Completion, prompt: &[u32]) -> Result<String, TokenizerError> {
-        let tokens = match (completion.finish, &completion.tokens[..]) {
-            (FinishReason::Stop, [tokens @ .., _]) => tokens,
-            (_, tokens) => tokens,
-        };
+        let mut tokens = &completion.tokens[..];
+        if completion.finish == FinishReason::Stop {
+            tokens = &tokens[..tokens.len() - 1];
+        }
         let mut stream = self.text(prompt)?;
         let mut text = String::new();
         for token in tokens {
