@@ -104,9 +104,28 @@ impl Convert {
         }
     }
 
+    /// The numbers that were asked for, or those of the old model.
+    fn save_options(&self, directory: &Path) -> anyhow::Result<SaveOptions> {
+        let types = WeightsSummary::read(directory)?.types;
+        let dtype = self.dtype.or_else(|| match &types[..] {
+            [only] => FloatKind::from_str(only, true).ok(),
+            _ => None,
+        });
+        Ok(SaveOptions {
+            dtype: dtype.map(FloatKind::dtype),
+            ..SaveOptions::default()
+        })
+    }
+
     /// Refuses to write where something is that would be lost.
     fn check_place(&self, directory: &Path) -> anyhow::Result<()> {
         let out = self.out.display();
+        let unfinished = unfinished(&self.out);
+        ensure!(
+            !unfinished.exists(),
+            "{} is left of another conversion; remove it if none is under way",
+            unfinished.display()
+        );
         if !self.out.exists() {
             return Ok(());
         }
@@ -131,7 +150,6 @@ impl Program for Convert {
     fn run<B: AttentionBackend>(self, device: B::Device) -> anyhow::Result<()> {
         let directory = pretrained::directory(&self.model)?;
         self.check_place(&directory)?;
-        let types = WeightsSummary::read(&directory)?.types;
         let reading = spinner(format!("reading {}", directory.display()));
         let model = Pretrained::<B>::load(&directory, None, &device)?;
         reading.finish_and_clear();
@@ -170,19 +188,12 @@ impl Program for Convert {
             },
             "text": text.description,
             "report": converted.report,
+            "model": new.config,
             "made_with": environment::<B>(&device),
         });
-        let dtype = self.dtype.or_else(|| match &types[..] {
-            [only] => FloatKind::from_str(only, true).ok(),
-            _ => None,
-        });
-        let options = SaveOptions {
-            dtype: dtype.map(FloatKind::dtype),
-            ..SaveOptions::default()
-        };
         let writing = spinner(format!("writing {}", self.out.display()));
         write(&self.out, |folder| {
-            new.save_pretrained_with(folder, &options)?;
+            new.save_pretrained_with(folder, &self.save_options(&directory)?)?;
             copy_tokenizer(&directory, folder)?;
             write_json(&folder.join("conversion.json"), &description)
         })?;
@@ -240,17 +251,12 @@ fn write(out: &Path, fill: impl Fn(&Path) -> anyhow::Result<()>) -> anyhow::Resu
     if out.is_dir() && fs::read_dir(out)?.next().is_some() {
         return fill(out);
     }
-    let unfinished = out.with_added_extension("tmp");
-    ensure!(
-        !unfinished.exists(),
-        "{} is left of another conversion; remove it if none is under way",
-        unfinished.display()
-    );
+    let unfinished = unfinished(out);
+    if let Some(parent) = unfinished.parent() {
+        fs::create_dir_all(parent)?;
+    }
+    fs::create_dir(&unfinished).with_context(|| format!("cannot make {}", unfinished.display()))?;
     let finish = || {
-        if let Some(parent) = unfinished.parent() {
-            fs::create_dir_all(parent)?;
-        }
-        fs::create_dir(&unfinished)?;
         fill(&unfinished)?;
         if out.is_dir() {
             fs::remove_dir(out)?;
@@ -260,6 +266,11 @@ fn write(out: &Path, fill: impl Fn(&Path) -> anyhow::Result<()>) -> anyhow::Resu
     finish().inspect_err(|_| {
         fs::remove_dir_all(&unfinished).ok();
     })
+}
+
+/// The name of a directory that is not whole.
+fn unfinished(out: &Path) -> PathBuf {
+    out.with_added_extension("tmp")
 }
 
 fn write_json(path: &Path, value: &serde_json::Value) -> anyhow::Result<()> {

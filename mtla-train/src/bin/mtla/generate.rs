@@ -56,7 +56,7 @@ pub(crate) struct Generate {
     /// Print the text as it is made, prompt after prompt.
     #[arg(long, conflicts_with = "json")]
     stream: bool,
-    /// Print a line of JSON for each text: text, tokens, finish, score, log-probabilities.
+    /// Print a line of JSON for each text: text, tokens, reason, score, log-probabilities.
     #[arg(long)]
     json: bool,
     /// With --json, the log-probability of each token, and of the N most probable ones at its place.
