@@ -1,14 +1,14 @@
 //! What became of a run: perplexity beside n-gram models, answers by distance.
 
-use std::{ops::Range, time::Duration};
+use std::ops::Range;
 
-use indicatif::{ProgressBar, ProgressStyle};
 use mtla_core::ops::AttentionBackend;
 use mtla_models::decoder::Decoder;
 use mtla_train::{
     data::{corpus::Split, vocabulary::Vocabulary},
     language_model::{Answer, Window, answer, perplexity},
     metric::ngram::NgramModel,
+    progress,
 };
 use serde::Serialize;
 
@@ -62,7 +62,7 @@ impl Report {
                 .map(|tokens| tokens[1..].to_vec())
                 .collect()
         };
-        let bar = bar("n-gram models");
+        let bar = progress::spinner("n-gram models");
         let (train, held_out) = (unmarked(&tokens.train), unmarked(&tokens.held_out));
         let ngram =
             |order| NgramModel::train(order, &train, vocabulary.size()).perplexity(&held_out);
@@ -74,12 +74,12 @@ impl Report {
             context: settings.data.context,
             rows,
         };
-        let bar = self::bar("held-out text");
+        let bar = progress::bar("held-out text", 100);
         let seen = |share| bar.set_position((share * 100.0) as u64);
         let of_model = perplexity(model, &tokens.held_out, window, device, seen)?;
         bar.finish_and_clear();
 
-        let bar = self::bar("questions");
+        let bar = progress::bar("questions", 100);
         let seen = |share| bar.set_position((share * 100.0) as u64);
         let answers = answer(model, vocabulary, &text.stories, 64, seen)?;
         bar.finish_and_clear();
@@ -155,12 +155,4 @@ fn buckets(answers: &[Answer]) -> Vec<Bucket> {
             }
         })
         .collect()
-}
-
-fn bar(name: &'static str) -> ProgressBar {
-    let style = ProgressStyle::with_template("{msg:<16} {wide_bar} {percent:>3}% {eta:>5}")
-        .expect("the template is well-formed");
-    let bar = ProgressBar::new(100).with_style(style).with_message(name);
-    bar.enable_steady_tick(Duration::from_millis(200));
-    bar
 }

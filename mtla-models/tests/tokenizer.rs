@@ -158,6 +158,20 @@ fn streams_show_any_bytes_as_the_whole_text_does() {
 }
 
 #[test]
+fn streams_go_on_after_a_prompt() {
+    let tokenizer = load(&[]).unwrap();
+    let whole = "The ferry leaves, then é and 🙂 and the boat.";
+    let ids = tokenizer.encode(whole).unwrap();
+    for (prompt, text) in (0..ids.len()).map(|place| ids.split_at(place)) {
+        let shown = stream(tokenizer.stream().after(prompt).unwrap(), text);
+        assert!(whole.ends_with(&shown), "{shown} after {prompt:?}");
+        let prompt = tokenizer.decode(prompt).unwrap();
+        let prompt = prompt.trim_end_matches(char::REPLACEMENT_CHARACTER);
+        assert_eq!(format!("{prompt}{shown}"), whole);
+    }
+}
+
+#[test]
 fn streams_end_where_bytes_never_become_text() {
     let tokenizer = load(&[]).unwrap();
     let byte = tokenizer.encode_bare("猫").unwrap()[0];

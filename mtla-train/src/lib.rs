@@ -2,7 +2,8 @@
 //!
 //! [`Trainer`] trains any model that implements [`Objective`], in a run directory that can be
 //! watched, and that can be resumed exactly after the process was killed. [`data`] makes batches of
-//! text for it; [`metric`] judges what comes out.
+//! text for it; [`metric`] judges what comes out. What programs share is in [`backend`], [`pretrained`],
+//! [`measure`] and [`progress`].
 //!
 //! ```text
 //! data ── Batches ──▶ Trainer ── checkpoints, metrics.jsonl, loss.svg ──▶ run directory
@@ -10,9 +11,13 @@
 //!            model: Objective (batch → Loss)
 //! ```
 
+pub mod backend;
 pub mod data;
 pub mod language_model;
+pub mod measure;
 pub mod metric;
+pub mod pretrained;
+pub mod progress;
 
 mod disk;
 mod loss;

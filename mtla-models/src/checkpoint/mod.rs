@@ -19,6 +19,8 @@ pub(crate) mod load;
 #[cfg(feature = "files")]
 pub(crate) mod save;
 #[cfg(feature = "files")]
+mod summary;
+#[cfg(feature = "files")]
 mod visit;
 #[cfg(feature = "files")]
 pub(crate) mod weights;
@@ -28,3 +30,5 @@ pub use error::{CheckpointError, Names};
 pub use keys::{Key, Layout, file_name};
 #[cfg(feature = "files")]
 pub use save::SaveOptions;
+#[cfg(feature = "files")]
+pub use summary::WeightsSummary;

@@ -204,6 +204,16 @@ pub async fn convert_async<B: AttentionBackend>(
     conversion: &Conversion,
     text: &[Tensor<B, 2, Int>],
 ) -> Result<Converted<B>, ConvertError> {
+    convert_layers(model, config, conversion, text, |_| {}).await
+}
+
+async fn convert_layers<B: AttentionBackend>(
+    model: &Decoder<B>,
+    config: &DecoderConfig,
+    conversion: &Conversion,
+    text: &[Tensor<B, 2, Int>],
+    mut converted_layer: impl FnMut(&LayerReport),
+) -> Result<Converted<B>, ConvertError> {
     let (dense, groups) = dense(&config.attention)?;
     let shape = Shape {
         heads: dense.n_heads,
@@ -250,11 +260,13 @@ pub async fn convert_async<B: AttentionBackend>(
                 .collect()
         };
         let (before, after) = (outputs(&old.attention), outputs(&converted));
-        layers.push(LayerReport {
+        let report = LayerReport {
             keys: errors.keys,
             values: errors.values,
             attention: relative(&after, &before).await?,
-        });
+        };
+        converted_layer(&report);
+        layers.push(report);
         new.attention = converted;
         states = states
             .into_iter()
@@ -280,8 +292,28 @@ pub fn convert<B: AttentionBackend>(
     conversion: &Conversion,
     text: &[Tensor<B, 2, Int>],
 ) -> Result<Converted<B>, ConvertError> {
-    try_read_sync(convert_async(model, config, conversion, text))
-        .unwrap_or(Err(ConvertError::OnlyAsync))
+    convert_with(model, config, conversion, text, |_| {})
+}
+
+/// As [`convert`], and shows `converted_layer` each layer as it is converted.
+///
+/// # Errors
+/// As [`convert`].
+pub fn convert_with<B: AttentionBackend>(
+    model: &Decoder<B>,
+    config: &DecoderConfig,
+    conversion: &Conversion,
+    text: &[Tensor<B, 2, Int>],
+    converted_layer: impl FnMut(&LayerReport),
+) -> Result<Converted<B>, ConvertError> {
+    try_read_sync(convert_layers(
+        model,
+        config,
+        conversion,
+        text,
+        converted_layer,
+    ))
+    .unwrap_or(Err(ConvertError::OnlyAsync))
 }
 
 /// The root mean square of the difference in relation to that of `before`.

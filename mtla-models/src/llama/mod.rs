@@ -41,7 +41,7 @@ mod rope;
 use burn::tensor::backend::Backend;
 use serde_json::{Map, Value};
 
-use crate::{decoder::Decoder, error::ConfigError};
+use crate::{decoder::Decoder, error::ConfigError, generate::GenerationConfig};
 pub use config::{LatentSizes, LlamaConfig, ModelType};
 pub use keys::KEYS;
 #[cfg(feature = "files")]
@@ -72,5 +72,18 @@ impl<B: Backend> Llama<B> {
             generation: None,
             decoder,
         })
+    }
+
+    /// How the checkpoint is to be continued: its `generation_config.json`, and where that names no end of a text,
+    /// the one of `config.json`.
+    ///
+    /// # Errors
+    /// If a field of `generation_config.json` cannot be understood.
+    pub fn generation_config(&self) -> Result<GenerationConfig, serde_json::Error> {
+        let mut fields = self.generation.clone().unwrap_or_default();
+        if let Some(end) = self.config.other.get("eos_token_id") {
+            fields.entry("eos_token_id").or_insert_with(|| end.clone());
+        }
+        serde_json::from_value(fields.into())
     }
 }

@@ -10,6 +10,9 @@ const UNDECIDED: usize = 3;
 /// that are no text.
 const WINDOW: usize = 64;
 
+/// How many tokens before a text say how it is spaced.
+const BEFORE: usize = 16;
+
 /// Decodes one token after the other.
 ///
 /// A character that several tokens share appears with the last of them. A few earlier tokens are decoded
@@ -66,6 +69,18 @@ impl Tokenizer {
 }
 
 impl TextStream<'_> {
+    /// Goes on from tokens whose text is not shown, such as a prompt: what comes is spaced as it is after them.
+    ///
+    /// # Errors
+    ///
+    /// If the tokenizer cannot put the tokens together.
+    pub fn after(mut self, ids: &[u32]) -> Result<Self, TokenizerError> {
+        for id in &ids[ids.len().saturating_sub(BEFORE)..] {
+            self.push(*id)?;
+        }
+        Ok(self)
+    }
+
     /// Takes the next token, and gives the text that is certain now; it may be empty.
     ///
     /// # Errors

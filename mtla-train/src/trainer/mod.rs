@@ -38,10 +38,10 @@ pub use run_dir::RunDir;
 
 use crate::data::Batches;
 use crate::loss::Objective;
+use crate::measure::environment;
 use crate::seed::{Stream, derive};
 use burn::data::dataloader::DataLoader;
 use burn::module::AutodiffModule;
-use burn::record::{BurnRecord, DefaultRecorder};
 use burn::tensor::backend::AutodiffBackend;
 use burn::tensor::{DType, Element};
 use serde::Serialize;
@@ -240,21 +240,15 @@ where
         let mut trainer = json!(self.config);
         let settings = trainer.as_object_mut().expect("a struct");
         let checkpoints = ["checkpoint_every", "keep_last"].map(|key| settings.remove(key));
-        json!({
-            "settings": {
-                "trainer": trainer,
-                "model": self.model_config,
-                "data": { "train_batches": train, "valid_batches": valid },
-            },
-            "checkpoints": { "every": checkpoints[0], "keep_last": checkpoints[1] },
-            "versions": {
-                "mtla-train": env!("CARGO_PKG_VERSION"),
-                "burn": BurnRecord::<(), B>::new::<DefaultRecorder>(()).metadata.version,
-            },
-            "backend": B::name(&self.device),
-            "device": format!("{:?}", self.device),
-            "system": format!("{} {}", std::env::consts::OS, std::env::consts::ARCH),
-        })
+        let mut description = environment::<B>(&self.device);
+        description["settings"] = json!({
+            "trainer": trainer,
+            "model": self.model_config,
+            "data": { "train_batches": train, "valid_batches": valid },
+        });
+        description["checkpoints"] =
+            json!({ "every": checkpoints[0], "keep_last": checkpoints[1] });
+        description
     }
 }
 

@@ -56,6 +56,7 @@ pub struct Engine<B: AttentionBackend, M: LanguageModel<B>> {
     max_rows: usize,
     joint_stopping: bool,
     submitted: u64,
+    peak_bytes: usize,
 }
 
 /// A request on its way.
@@ -81,6 +82,7 @@ impl<B: AttentionBackend, M: LanguageModel<B>> Engine<B, M> {
             max_rows: usize::MAX,
             joint_stopping: false,
             submitted: 0,
+            peak_bytes: 0,
         }
     }
 
@@ -161,6 +163,11 @@ impl<B: AttentionBackend, M: LanguageModel<B>> Engine<B, M> {
         self.cache.live_bytes()
     }
 
+    /// The most that [`live_bytes`](Self::live_bytes) has been.
+    pub fn peak_bytes(&self) -> usize {
+        self.peak_bytes
+    }
+
     /// Goes one token on with every request; what happened comes in the order in which the requests were
     /// submitted, then by sample. Nothing happens if there are no requests.
     ///
@@ -172,6 +179,7 @@ impl<B: AttentionBackend, M: LanguageModel<B>> Engine<B, M> {
         if self.asked.is_none() {
             self.admit();
             self.asked = Batch::ask(&self.model, &mut self.cache, &self.running);
+            self.peak_bytes = self.peak_bytes.max(self.cache.live_bytes());
         }
         let Some(asked) = &self.asked else {
             return Ok(Vec::new());
