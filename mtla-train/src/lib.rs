@@ -11,6 +11,7 @@
 //! ```
 
 pub mod data;
+pub mod fine_tune;
 pub mod language_model;
 pub mod metric;
 
@@ -22,7 +23,7 @@ mod seed;
 mod trainer;
 
 pub use loss::{Loss, Objective, next_token_loss};
-pub use plot::{PlotError, loss_curve};
+pub use plot::{Curve, PlotError, loss_curve, loss_curves};
 pub use schedule::{Decay, Schedule};
 pub use trainer::{
     Best, Display, Interrupter, Length, MetricLine, Optimizer, RunDir, TrainError, TrainMetrics,
