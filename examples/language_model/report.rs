@@ -5,7 +5,7 @@ use std::ops::Range;
 use mtla_core::ops::AttentionBackend;
 use mtla_models::decoder::Decoder;
 use mtla_train::{
-    data::{corpus::Split, vocabulary::Vocabulary},
+    data::{codec::TextCodec, corpus::Split},
     language_model::{Answer, Window, answer, perplexity},
     metric::ngram::NgramModel,
     progress,
@@ -52,7 +52,7 @@ impl Report {
         settings: &Settings,
         text: &Text,
         tokens: &Split<Vec<Vec<u32>>>,
-        vocabulary: &Vocabulary,
+        codec: &TextCodec,
         device: &B::Device,
     ) -> anyhow::Result<Self> {
         // The n-gram models mark the beginning of a document themselves.
@@ -64,8 +64,9 @@ impl Report {
         };
         let bar = progress::spinner("n-gram models");
         let (train, held_out) = (unmarked(&tokens.train), unmarked(&tokens.held_out));
-        let ngram =
-            |order| NgramModel::train(order, &train, vocabulary.size()).perplexity(&held_out);
+        let ngram = |order| {
+            NgramModel::train(order, &train, settings.model.vocab_size).perplexity(&held_out)
+        };
         let (unigram, five_gram) = (ngram(1), ngram(5));
         bar.finish_and_clear();
 
@@ -81,7 +82,7 @@ impl Report {
 
         let bar = progress::bar("questions", 100);
         let seen = |share| bar.set_position((share * 100.0) as u64);
-        let answers = answer(model, vocabulary, &text.stories, 64, seen)?;
+        let answers = answer(model, codec, &text.stories, 64, seen)?;
         bar.finish_and_clear();
 
         Ok(Self {

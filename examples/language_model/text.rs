@@ -2,6 +2,7 @@
 
 use anyhow::Context;
 use mtla_train::data::{
+    codec::TextCodec,
     corpus::{self, Document, Split},
     story::{Story, StoryWorld},
     vocabulary::Vocabulary,
@@ -58,24 +59,22 @@ impl Text {
         Vocabulary::train(texts, size).context("cannot make a vocabulary")
     }
 
-    /// The tokens of each document, each beginning with the end-of-text token, so that its first token is
-    /// predicted too.
-    pub(crate) fn encode(&self, vocabulary: &Vocabulary) -> Split<Vec<Vec<u32>>> {
-        let encode = |document: &Document| {
-            let mut tokens = vec![vocabulary.end_of_text()];
-            tokens.extend(vocabulary.encode_document(&document.text));
-            tokens
+    /// The tokens of each document with its start and end: its first token is predicted too.
+    pub(crate) fn encode(&self, codec: &TextCodec) -> anyhow::Result<Split<Vec<Vec<u32>>>> {
+        let part = |documents: &Vec<Document>| -> anyhow::Result<Vec<Vec<u32>>> {
+            let encode = |document: &Document| codec.document(&document.text);
+            let tokens: Result<_, _> = documents.iter().map(encode).collect();
+            tokens.context("the text cannot be encoded")
         };
-        let part = |documents: &Vec<Document>| documents.iter().map(encode).collect();
-        Split {
-            train: part(&self.documents.train),
-            validation: part(&self.documents.validation),
-            held_out: part(&self.documents.held_out),
-        }
+        Ok(Split {
+            train: part(&self.documents.train)?,
+            validation: part(&self.documents.validation)?,
+            held_out: part(&self.documents.held_out)?,
+        })
     }
 
     /// Prints how much there is.
-    pub(crate) fn describe(tokens: &Split<Vec<Vec<u32>>>, vocabulary: &Vocabulary) {
+    pub(crate) fn describe(tokens: &Split<Vec<Vec<u32>>>, codec: &TextCodec) {
         let count = |part: &Vec<Vec<u32>>| part.iter().map(Vec::len).sum::<usize>();
         println!(
             "{} documents, {} tokens to train on, {} to validate on, {} held out; vocabulary {}",
@@ -83,7 +82,7 @@ impl Text {
             count(&tokens.train),
             count(&tokens.validation),
             count(&tokens.held_out),
-            vocabulary.size()
+            codec.size()
         );
     }
 

@@ -9,10 +9,11 @@ use mtla_core::ops::AttentionBackend;
 use mtla_models::decoder::{Decoder, DecoderInput};
 use mtla_models::generate::{GenerationConfig, GenerationError, LanguageModel, generate};
 
+use crate::data::codec::TextCodec;
 #[cfg(doc)]
 use crate::data::story::Question;
 use crate::data::story::Story;
-use crate::data::vocabulary::{Vocabulary, VocabularyError};
+use crate::data::vocabulary::VocabularyError;
 use crate::data::{Batches, BlockError, Packing, TextBatch, TextBatcher, TokenBlocks};
 use crate::loss::{Loss, Objective, next_token_loss};
 
@@ -105,10 +106,10 @@ pub enum AnswerError {
 /// `seen` is called after every batch of `rows` questions with the share that is done.
 ///
 /// # Errors
-/// [`AnswerError`], for instance if vocabulary and model do not belong together.
+/// [`AnswerError`], for instance if codec and model do not belong together.
 pub fn answer<B: AttentionBackend>(
     model: &impl LanguageModel<B>,
-    vocabulary: &Vocabulary,
+    codec: &TextCodec,
     stories: &[Story],
     rows: usize,
     mut seen: impl FnMut(f64),
@@ -117,29 +118,27 @@ pub fn answer<B: AttentionBackend>(
         .iter()
         .flat_map(|story| (0..story.questions.len()).map(move |i| (story, i)))
         .collect();
-    let longest = asked
-        .iter()
-        .map(|(story, i)| vocabulary.encode(&story.questions[*i].answer).len())
-        .max()
-        .unwrap_or(0);
-    let end = vocabulary.end_of_text();
-    let config = GenerationConfig::new(longest + 2).with_stop_tokens([end]);
+    let mut longest = 0;
+    for (story, i) in &asked {
+        longest = longest.max(codec.encode(&story.questions[*i].answer)?.len());
+    }
+    let config = GenerationConfig::new(longest + 2).with_stop_tokens([codec.end()]);
     let mut answers = Vec::with_capacity(asked.len());
     for batch in asked.chunks(rows) {
-        let prompts: Vec<Vec<u32>> = batch
+        let prompts: Result<Vec<Vec<u32>>, _> = batch
             .iter()
-            .map(|(story, i)| [vec![end], vocabulary.encode(&story.prompt(*i))].concat())
+            .map(|(story, i)| codec.prompt(&story.prompt(*i)))
             .collect();
-        for ((story, i), completion) in batch.iter().zip(generate(model, &prompts, &config)?) {
+        for ((story, i), completion) in batch.iter().zip(generate(model, &prompts?, &config)?) {
             let question = &story.questions[*i];
-            let text = vocabulary.decode(&completion.tokens)?;
+            let text = codec.decode(&completion.tokens)?;
             let line = text.split(['\n', '<']).next().unwrap_or_default();
             let since = &story.prompt(*i)[question.evidence.end..];
             answers.push(Answer {
                 given: line.trim().to_owned(),
                 expected: question.answer.clone(),
                 guess: question.guess(&story.prompt(*i)),
-                distance: vocabulary.encode(since).len(),
+                distance: codec.encode(since)?.len(),
                 hops: question.hops,
             });
         }

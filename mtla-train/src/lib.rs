@@ -13,6 +13,7 @@
 
 pub mod backend;
 pub mod data;
+pub mod fine_tune;
 pub mod language_model;
 pub mod measure;
 pub mod metric;
@@ -27,7 +28,7 @@ mod seed;
 mod trainer;
 
 pub use loss::{Loss, Objective, next_token_loss};
-pub use plot::{PlotError, loss_curve};
+pub use plot::{Curve, PlotError, loss_curve, loss_curves};
 pub use schedule::{Decay, Schedule};
 pub use trainer::{
     Best, Display, Interrupter, Length, MetricLine, Optimizer, RunDir, TrainError, TrainMetrics,

@@ -1,4 +1,4 @@
-//! The loss curve of a run as an SVG picture.
+//! Loss curves as SVG pictures.
 
 use crate::trainer::MetricLine;
 use plotters::prelude::*;
@@ -9,6 +9,15 @@ const TEXT: (&str, u32) = ("sans-serif", 16);
 const MAX_POINTS: usize = 1000;
 /// So few points are marked.
 const MARKED_POINTS: usize = 50;
+/// The colours of the lines, in turn.
+const COLOURS: [RGBColor; 6] = [
+    BLUE,
+    RED,
+    RGBColor(0, 128, 0),
+    RGBColor(200, 120, 0),
+    BLACK,
+    MAGENTA,
+];
 
 /// A picture was asked for that cannot be drawn.
 #[derive(Debug, thiserror::Error)]
@@ -32,23 +41,48 @@ pub struct PlotError(String);
 ///
 /// If the drawing library fails.
 pub fn loss_curve(lines: &[MetricLine]) -> Result<String, PlotError> {
-    let mut train = Vec::new();
-    let mut valid = Vec::new();
+    let mut series = ["training", "validation"].map(|name| Curve::new(name, []));
     for line in lines {
         match line {
-            MetricLine::Train(line) => train.push((line.step as f64, line.loss)),
-            MetricLine::Valid(line) => valid.push((line.step as f64, line.loss)),
+            MetricLine::Train(line) => series[0].points.push((line.step as f64, line.loss)),
+            MetricLine::Valid(line) => series[1].points.push((line.step as f64, line.loss)),
         }
     }
+    loss_curves(&series)
+}
+
+/// A line in a picture of several.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Curve {
+    /// What it is called.
+    pub name: String,
+    /// Step and loss.
+    pub points: Vec<(f64, f64)>,
+}
+
+impl Curve {
+    /// A curve through these points.
+    pub fn new(name: impl Into<String>, points: impl IntoIterator<Item = (f64, f64)>) -> Self {
+        Self {
+            name: name.into(),
+            points: points.into_iter().collect(),
+        }
+    }
+}
+
+/// Draws loss over steps, a line for each curve.
+///
+/// # Errors
+///
+/// If the drawing library fails.
+pub fn loss_curves(curves: &[Curve]) -> Result<String, PlotError> {
     let mut svg = String::new();
-    draw(&mut svg, train, valid).map_err(|error| PlotError(error.to_string()))?;
+    draw(&mut svg, curves).map_err(|error| PlotError(error.to_string()))?;
     Ok(svg)
 }
 
-type Points = Vec<(f64, f64)>;
-
-fn draw(svg: &mut String, train: Points, valid: Points) -> Result<(), Box<dyn std::error::Error>> {
-    let all = || train.iter().chain(&valid);
+fn draw(svg: &mut String, curves: &[Curve]) -> Result<(), Box<dyn std::error::Error>> {
+    let all = || curves.iter().flat_map(|curve| &curve.points);
     let last = all().map(|p| p.0).fold(1.0, f64::max);
     let low = all()
         .map(|p| p.1)
@@ -81,13 +115,14 @@ fn draw(svg: &mut String, train: Points, valid: Points) -> Result<(), Box<dyn st
         .label_style(TEXT)
         .axis_desc_style(TEXT)
         .draw()?;
-    for (name, points, colour) in [("training", train, &BLUE), ("validation", valid, &RED)] {
+    for (curve, colour) in curves.iter().zip(COLOURS.iter().cycle()) {
+        let points = &curve.points;
         let mark = if points.len() <= MARKED_POINTS { 2 } else { 0 };
         let every = points.len().div_ceil(MAX_POINTS).max(1);
-        let points = points.into_iter().step_by(every);
+        let points = points.iter().copied().step_by(every);
         let series = LineSeries::new(points, colour.stroke_width(2)).point_size(mark);
         let legend = |(x, y)| PathElement::new([(x, y), (x + 20, y)], colour.stroke_width(2));
-        chart.draw_series(series)?.label(name).legend(legend);
+        chart.draw_series(series)?.label(&curve.name).legend(legend);
     }
     chart
         .configure_series_labels()

@@ -6,6 +6,7 @@
 
 mod batches;
 mod blocks;
+pub mod codec;
 pub mod corpus;
 pub mod story;
 pub mod vocabulary;

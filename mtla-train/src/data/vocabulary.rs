@@ -11,6 +11,7 @@
 //! same here, and a file that says otherwise is refused.
 
 use crate::disk::replace;
+use mtla_models::tokenizer::TokenizerError;
 use serde::Deserialize;
 use serde_json::Value;
 use std::{
@@ -74,6 +75,19 @@ pub enum VocabularyError {
         path: PathBuf,
         /// What the system said.
         source: io::Error,
+    },
+    /// The tokenizer of a model cannot be used.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    /// The tokenizer of a model does not say which token ends a text.
+    #[error(
+        "the tokenizer in {} names no token that ends a text; set eos_token in tokenizer_config.json, \
+         or eos_token_id in config.json",
+        path.display()
+    )]
+    NoEnd {
+        /// The directory.
+        path: PathBuf,
     },
     /// A token is not one of the vocabulary's.
     #[error("token {id} is not in this vocabulary of {size}; it comes from another one")]
@@ -189,6 +203,11 @@ impl Vocabulary {
             path: path.to_owned(),
             source,
         })
+    }
+
+    /// The `tokenizer.json`.
+    pub(super) fn to_json(&self) -> Value {
+        serde_json::to_value(&self.tokenizer).expect("a vocabulary has a JSON form")
     }
 
     /// The number of tokens, among them the end of text.

@@ -57,6 +57,8 @@ pub struct Validated<'a, M> {
     pub model: &'a M,
     /// The step and its validation loss.
     pub metrics: ValidMetrics,
+    /// Whether no loss before was as low.
+    pub best: bool,
     /// Where samples and the like can be written.
     pub run: &'a RunDir,
 }
@@ -131,6 +133,7 @@ pub struct Trainer<'a, B: AutodiffBackend, M: AutodiffModule<B>> {
     model_config: Value,
     display: Display,
     interrupter: Interrupter,
+    validate_first: bool,
     after_validation: Option<Box<Hook<'a, M::InnerModule>>>,
 }
 
@@ -149,6 +152,7 @@ where
             model_config: Value::Null,
             display: Display::default(),
             interrupter: Interrupter::new(),
+            validate_first: false,
             after_validation: None,
         }
     }
@@ -167,6 +171,12 @@ where
     /// How the run is shown.
     pub fn display(mut self, display: Display) -> Self {
         self.display = display;
+        self
+    }
+
+    /// Validates before the first step too, as step 0: for a model that comes with weights worth a comparison.
+    pub fn validate_first(mut self, yes: bool) -> Self {
+        self.validate_first = yes;
         self
     }
 
@@ -269,6 +279,10 @@ where
         I: Clone + Send + Sync + 'static,
         V: Clone + Send + Sync + 'static,
     {
+        if self.starts_with_validation() {
+            self.validate(&model, valid)?;
+            self.save(&model)?;
+        }
         while !self.finished() {
             let seed = derive(self.config().seed, Stream::Epoch, self.state.epoch);
             let epoch = train.epoch(seed, self.state.batch, self.device());

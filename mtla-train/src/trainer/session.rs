@@ -91,6 +91,11 @@ where
         self.state.step >= self.total
     }
 
+    /// Whether the validation before the first step is to be made, and was not.
+    pub(super) fn starts_with_validation(&self) -> bool {
+        self.trainer.validate_first && self.state == State::default()
+    }
+
     pub(super) fn interrupted(&self) -> bool {
         self.trainer.interrupter.should_stop()
     }
@@ -208,16 +213,16 @@ where
         self.reporter.valid(&metrics)?;
         let svg = loss_curve(&read_metrics(&self.run.path("metrics.jsonl"))?)?;
         self.run.write("loss.svg", svg.as_bytes())?;
+        let best = self.state.best.is_none_or(|best| loss < best.loss);
         if let Some(work) = &mut self.trainer.after_validation {
             work(Validated {
                 model: &model,
                 metrics,
+                best,
                 run: &self.run,
             })
             .map_err(|source| TrainError::AfterValidation { step, source })?;
         }
-
-        let best = self.state.best.is_none_or(|best| loss < best.loss);
         if best {
             self.state.best = Some(Best { step, loss });
         }
