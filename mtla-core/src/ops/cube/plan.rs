@@ -1,0 +1,229 @@
+//! How a decoding step is laid out on a device: sizes that are compiled into the kernel, and the number of cubes.
+
+use burn::tensor::DType;
+use burn_cubecl::cubecl;
+use cubecl::{
+    ir::DeviceProperties,
+    features::{Plane, TypeUsage},
+};
+
+use super::{
+    super::{DecodeProblem, SlotLayout},
+    fallback::Unavailable,
+};
+
+/// Units of a cube, at most; WebGPU's default limit.
+const UNITS: usize = 256;
+/// Shared memory of a cube, at most, in bytes: WebGPU's default limit. Where there is more, more cubes share a
+/// multiprocessor.
+const SHARED_MEMORY: usize = 16 * 1024;
+/// Slots of a tile, at most, and slots that a unit compares at a time.
+const TILE: usize = 32;
+const BLOCK: usize = 4;
+/// Sums that a unit keeps in registers, at most.
+const SUMS: usize = 128;
+/// Elements of a vector, at most.
+const VECTOR: usize = 4;
+/// Cubes that keep a multiprocessor busy, how many of them to expect where a device does not say, and the
+/// tiles that are worth a cube of their own.
+const CUBES: usize = 4;
+const MULTIPROCESSORS: usize = 32;
+const TILES: usize = 2;
+
+/// Sizes that the kernel is compiled for. All widths are in vectors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct Shape {
+    /// Query heads of one key/value head.
+    pub(super) heads: usize,
+    pub(super) kv_heads: usize,
+    pub(super) key_width: usize,
+    pub(super) value_width: usize,
+    /// A slot in the pool.
+    pub(super) slot_width: usize,
+    /// What of a slot one key/value head needs, and where in that its values start: at 0 in a latent, which is
+    /// key and value at once, and after the keys in a dense slot.
+    pub(super) tile_width: usize,
+    pub(super) values_at: usize,
+    /// Whether the new token is gated and merged.
+    pub(super) gated: bool,
+    /// Units of a cube, a power of two.
+    pub(super) units: usize,
+    /// Slots of a tile.
+    pub(super) tile: usize,
+    /// Slots that are compared together, and units that share the work.
+    pub(super) block: usize,
+    pub(super) lanes: usize,
+    /// Whether those units add up by plane operations, and else through this many floats of shared memory.
+    pub(super) planes: bool,
+    pub(super) scratch: usize,
+    /// Units side by side on the channels of a value, and how many such rows of units there are.
+    pub(super) sum_columns: usize,
+    pub(super) sum_groups: usize,
+    /// Heads and vectors of channels that a unit sums.
+    pub(super) sum_heads: usize,
+    pub(super) sum_vectors: usize,
+    /// Whether a row has several parts, so that partial results are written.
+    pub(super) parts: bool,
+}
+
+/// The element types of a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Types {
+    /// Queries, new rows and results.
+    pub(super) float: DType,
+    pub(super) gates: Option<DType>,
+    pub(super) pool: DType,
+    pub(super) table: DType,
+}
+
+/// A step as it will be launched.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct DecodePlan {
+    pub(super) shape: Shape,
+    pub(super) types: Types,
+    /// Elements of a vector.
+    pub(super) vector: usize,
+    pub(super) rows: usize,
+    /// Parts that every row's slots are divided into.
+    pub(super) parts: usize,
+    pub(super) stride: u32,
+    pub(super) scale: f32,
+}
+
+impl DecodePlan {
+    pub(super) fn new(
+        problem: &DecodeProblem,
+        types: Types,
+        device: &DeviceProperties,
+    ) -> Result<Self, Unavailable> {
+        check_types(types, device)?;
+        let (rows, kv_heads) = (problem.starts.len(), problem.layout.kv_heads());
+        let (_, most_rows, most_heads) = device.hardware.max_cube_count;
+        if rows == 0 || rows > most_rows as usize || kv_heads > most_heads as usize {
+            return Err(Unavailable::Grid { rows, kv_heads });
+        }
+        let vector = vector(problem.layout, types, device);
+        let mut shape = shape(problem, types, vector, device)?;
+        let multiprocessors = device.hardware.num_streaming_multiprocessors;
+        let cubes = CUBES * multiprocessors.map_or(MULTIPROCESSORS, |n| n as usize);
+        let parts = (cubes / (rows * kv_heads))
+            .clamp(1, problem.max_slots.div_ceil(TILES * shape.tile));
+        shape.parts = parts > 1;
+        Ok(Self {
+            shape,
+            types,
+            vector,
+            rows,
+            parts,
+            stride: problem.stride as u32,
+            scale: problem.scale as f32,
+        })
+    }
+}
+
+fn check_types(types: Types, device: &DeviceProperties) -> Result<(), Unavailable> {
+    let usable = |dtype: DType| {
+        let usage = TypeUsage::Buffer | TypeUsage::Conversion;
+        device.type_usage(dtype.into()).is_superset(usage)
+    };
+    let float = |dtype| matches!(dtype, DType::F32 | DType::F16 | DType::BF16) && usable(dtype);
+    let missing = |operand, dtype| Err(Unavailable::Type { operand, dtype });
+    match types {
+        Types { float: dtype, .. } if !float(dtype) => missing("queries", dtype),
+        Types { pool, .. } if !float(pool) => missing("a pool", pool),
+        Types { table, .. } if !usable(table) => missing("a table", table),
+        Types {
+            gates: Some(gates), ..
+        } if gates != types.float => missing("gates", gates),
+        _ => Ok(()),
+    }
+}
+
+/// The longest vector that divides everything and that the device loads at once.
+fn vector(layout: SlotLayout, types: Types, device: &DeviceProperties) -> usize {
+    let widest = types.float.size().max(types.pool.size());
+    let most = (device.hardware.load_width as usize / (8 * widest)).min(device.hardware.max_vector_size);
+    let divides = |n: &usize| {
+        n.is_power_of_two()
+            && layout.key_width().is_multiple_of(*n)
+            && layout.value_width().is_multiple_of(*n)
+    };
+    (1..=most.min(VECTOR)).rev().find(divides).unwrap_or(1)
+}
+
+fn shape(
+    problem: &DecodeProblem,
+    types: Types,
+    vector: usize,
+    device: &DeviceProperties,
+) -> Result<Shape, Unavailable> {
+    let (layout, hardware) = (problem.layout, &device.hardware);
+    let kv_heads = layout.kv_heads();
+    let heads = problem.heads / kv_heads;
+    let [key_width, value_width, slot_width] =
+        [layout.key_width(), layout.value_width(), layout.width()].map(|width| width / vector);
+    let (tile_width, values_at) = match layout {
+        SlotLayout::Dense { .. } => (2 * key_width, key_width),
+        SlotLayout::Latent { .. } => (key_width, 0),
+    };
+
+    let most_units = UNITS.min(hardware.max_units_per_cube as usize);
+    let units = (heads * value_width)
+        .next_power_of_two()
+        .clamp(32, most_units);
+    let sum_columns = value_width.min(units);
+    let sum_groups = units / sum_columns;
+    let (sum_heads, sum_vectors) = (heads.div_ceil(sum_groups), value_width.div_ceil(sum_columns));
+    if sum_heads * sum_vectors * vector > SUMS {
+        return Err(Unavailable::Sums {
+            sums: heads * layout.value_width(),
+            limit: units * SUMS,
+        });
+    }
+
+    let available = SHARED_MEMORY.min(hardware.max_shared_memory_size);
+    let plane = hardware.plane_size_min as usize;
+    let has_planes = device.features.plane.contains(Plane::Ops) && plane.is_power_of_two();
+    let with_tile = |tile: usize| {
+        let block = BLOCK.min(tile);
+        let tasks = heads * tile / block;
+        let most = key_width.next_power_of_two().min(32);
+        let lanes = (units / tasks.next_power_of_two()).clamp(1, most);
+        let planes = has_planes && lanes <= plane;
+        // Without planes a unit of a task's adds up the sums of a slot.
+        let lanes = if planes { lanes } else { lanes.max(block) };
+        let scratch = if planes { units } else { block * units };
+        let floats = scratch + 2 * heads * tile + 2 * heads;
+        let bytes = 4 * floats + tile * tile_width * vector * types.pool.size();
+        (block, lanes, planes, scratch, bytes)
+    };
+    let mut tile = TILE;
+    while tile > 1 && with_tile(tile).4 > available {
+        tile /= 2;
+    }
+    let (block, lanes, planes, scratch, needed) = with_tile(tile);
+    if needed > available {
+        return Err(Unavailable::SharedMemory { needed, available });
+    }
+    Ok(Shape {
+        heads,
+        kv_heads,
+        key_width,
+        value_width,
+        slot_width,
+        tile_width,
+        values_at,
+        gated: types.gates.is_some(),
+        units,
+        tile,
+        block,
+        lanes,
+        planes,
+        scratch,
+        sum_columns,
+        sum_groups,
+        sum_heads,
+        sum_vectors,
+        parts: false,
+    })
+}
