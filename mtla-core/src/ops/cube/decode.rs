@@ -280,14 +280,15 @@ fn gate<F: Float, N: Size>(
         ComptimeOption::None => 1.0f32,
         ComptimeOption::Some(gates) => {
             let unit = UNIT_POS as usize;
-            let rank = comptime!(shape.value_width * N::value());
+            let rank = comptime!(shape.value_width * shape.vector);
             let line = min(chunk, gates.shape(0) - 1) * (rank + 1);
             let mut sum = 0.0f32;
             for i in range_stepped(unit, shape.value_width, shape.units) {
                 let latent = row[batch * shape.slot_width + i];
                 #[unroll]
-                for e in 0..N::value() {
-                    sum += f32::cast_from(latent[e]) * f32::cast_from(gates[line + i * N::value() + e]);
+                for e in 0..shape.vector {
+                    let factor = gates[line + i * shape.vector + e];
+                    sum += f32::cast_from(latent[e]) * f32::cast_from(factor);
                 }
             }
             scratch[unit] = sum;

@@ -39,11 +39,11 @@ pub(super) fn launch<R: CubeRuntime>(
     } = *plan;
     let (client, device) = (q.client.clone(), q.device.clone());
     let pool = own(into_contiguous(pool));
-    let (heads, width) = (shape.heads * shape.kv_heads, shape.value_width * plan.vector);
+    let (heads, width) = (shape.heads * shape.kv_heads, shape.value_width * shape.vector);
     let new = |shape: Vec<usize>, dtype| empty(&client, &device, shape.into(), dtype);
     let out = new(vec![rows, heads, width], types.float);
     let partial = shape.parts.then(|| {
-        let width = width + 2 * plan.vector;
+        let width = width + 2 * shape.vector;
         new(vec![rows, plan.parts, heads, width], DType::F32)
     });
     let target = partial.as_ref().unwrap_or(&out).clone();
@@ -58,7 +58,7 @@ pub(super) fn launch<R: CubeRuntime>(
             &client,
             cubes,
             CubeDim::new_1d(shape.units as u32),
-            plan.vector,
+            shape.vector,
             into_contiguous(q).into_tensor_arg(),
             into_contiguous(row).into_tensor_arg(),
             gates.map(|gates| into_contiguous(gates).into_tensor_arg()).into(),
@@ -86,7 +86,7 @@ pub(super) fn launch<R: CubeRuntime>(
                 &client,
                 calculate_cube_count_elemwise(&client, vectors, units),
                 units,
-                plan.vector,
+                shape.vector,
                 partial.into_tensor_arg(),
                 out.clone().into_tensor_arg(),
                 shape.value_width,

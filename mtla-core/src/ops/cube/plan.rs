@@ -33,6 +33,8 @@ const TILES: usize = 2;
 /// Sizes that the kernel is compiled for. All widths are in vectors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Shape {
+    /// Elements of a vector.
+    pub(super) vector: usize,
     /// Query heads of one key/value head.
     pub(super) heads: usize,
     pub(super) kv_heads: usize,
@@ -81,8 +83,6 @@ pub(super) struct Types {
 pub(super) struct DecodePlan {
     pub(super) shape: Shape,
     pub(super) types: Types,
-    /// Elements of a vector.
-    pub(super) vector: usize,
     pub(super) rows: usize,
     /// Parts that every row's slots are divided into.
     pub(super) parts: usize,
@@ -112,7 +112,6 @@ impl DecodePlan {
         Ok(Self {
             shape,
             types,
-            vector,
             rows,
             parts,
             stride: problem.stride as u32,
@@ -206,6 +205,7 @@ fn shape(
         return Err(Unavailable::SharedMemory { needed, available });
     }
     Ok(Shape {
+        vector,
         heads,
         kv_heads,
         key_width,
