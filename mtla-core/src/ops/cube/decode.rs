@@ -109,7 +109,16 @@ pub(super) fn decode_kernel<F: Float, P: Float, I: Int, O: Float, N: Size>(
         }
         sync_cube();
 
-        compare(q, &tile, &mut scores, &mut scratch, batch, kv_head, scale, shape);
+        compare(
+            q,
+            &tile,
+            &mut scores,
+            &mut scratch,
+            batch,
+            kv_head,
+            scale,
+            shape,
+        );
         sync_cube();
 
         for i in range_stepped(unit, comptime!(shape.heads * shape.tile), shape.units) {

@@ -39,7 +39,10 @@ pub(super) fn launch<R: CubeRuntime>(
     } = *plan;
     let (client, device) = (q.client.clone(), q.device.clone());
     let pool = own(into_contiguous(pool));
-    let (heads, width) = (shape.heads * shape.kv_heads, shape.value_width * shape.vector);
+    let (heads, width) = (
+        shape.heads * shape.kv_heads,
+        shape.value_width * shape.vector,
+    );
     let new = |shape: Vec<usize>, dtype| empty(&client, &device, shape.into(), dtype);
     let out = new(vec![rows, heads, width], types.float);
     let partial = shape.parts.then(|| {
@@ -61,7 +64,9 @@ pub(super) fn launch<R: CubeRuntime>(
             shape.vector,
             into_contiguous(q).into_tensor_arg(),
             into_contiguous(row).into_tensor_arg(),
-            gates.map(|gates| into_contiguous(gates).into_tensor_arg()).into(),
+            gates
+                .map(|gates| into_contiguous(gates).into_tensor_arg())
+                .into(),
             pool.clone().into_tensor_arg(),
             into_contiguous(table).into_tensor_arg(),
             target.into_tensor_arg(),

@@ -1,10 +1,12 @@
 //! How a decoding step is laid out on a device: sizes that are compiled into the kernel, and the number of cubes.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use burn::tensor::DType;
 use burn_cubecl::cubecl;
 use cubecl::{
-    ir::DeviceProperties,
     features::{Plane, TypeUsage},
+    ir::DeviceProperties,
 };
 
 use super::{
@@ -29,6 +31,14 @@ const VECTOR: usize = 4;
 const CUBES: usize = 4;
 const MULTIPROCESSORS: usize = 32;
 const TILES: usize = 2;
+
+static PLANES: AtomicBool = AtomicBool::new(true);
+
+/// Whether, from now on and in the whole process, kernels may use plane operations (subgroups) where the device says
+/// that it has them: for tests, and for drivers that get them wrong.
+pub fn use_planes(planes: bool) {
+    PLANES.store(planes, Ordering::Relaxed);
+}
 
 /// Sizes that the kernel is compiled for. All widths are in vectors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -106,8 +116,8 @@ impl DecodePlan {
         let mut shape = shape(problem, types, vector, device)?;
         let multiprocessors = device.hardware.num_streaming_multiprocessors;
         let cubes = CUBES * multiprocessors.map_or(MULTIPROCESSORS, |n| n as usize);
-        let parts = (cubes / (rows * kv_heads))
-            .clamp(1, problem.max_slots.div_ceil(TILES * shape.tile));
+        let parts =
+            (cubes / (rows * kv_heads)).clamp(1, problem.max_slots.div_ceil(TILES * shape.tile));
         shape.parts = parts > 1;
         Ok(Self {
             shape,
@@ -141,7 +151,8 @@ fn check_types(types: Types, device: &DeviceProperties) -> Result<(), Unavailabl
 /// The longest vector that divides everything and that the device loads at once.
 fn vector(layout: SlotLayout, types: Types, device: &DeviceProperties) -> usize {
     let widest = types.float.size().max(types.pool.size());
-    let most = (device.hardware.load_width as usize / (8 * widest)).min(device.hardware.max_vector_size);
+    let most =
+        (device.hardware.load_width as usize / (8 * widest)).min(device.hardware.max_vector_size);
     let divides = |n: &usize| {
         n.is_power_of_two()
             && layout.key_width().is_multiple_of(*n)
@@ -172,7 +183,10 @@ fn shape(
         .clamp(32, most_units);
     let sum_columns = value_width.min(units);
     let sum_groups = units / sum_columns;
-    let (sum_heads, sum_vectors) = (heads.div_ceil(sum_groups), value_width.div_ceil(sum_columns));
+    let (sum_heads, sum_vectors) = (
+        heads.div_ceil(sum_groups),
+        value_width.div_ceil(sum_columns),
+    );
     if sum_heads * sum_vectors * vector > SUMS {
         return Err(Unavailable::Sums {
             sums: heads * layout.value_width(),
@@ -182,7 +196,9 @@ fn shape(
 
     let available = SHARED_MEMORY.min(hardware.max_shared_memory_size);
     let plane = hardware.plane_size_min as usize;
-    let has_planes = device.features.plane.contains(Plane::Ops) && plane.is_power_of_two();
+    let has_planes = PLANES.load(Ordering::Relaxed)
+        && device.features.plane.contains(Plane::Ops)
+        && plane.is_power_of_two();
     let with_tile = |tile: usize| {
         let block = BLOCK.min(tile);
         let tasks = heads * tile / block;
