@@ -22,6 +22,8 @@ const SHARED_MEMORY: usize = 16 * 1024;
 /// Slots of a tile, at most, and slots that a unit compares at a time.
 const TILE: usize = 32;
 const BLOCK: usize = 4;
+/// Units that share a comparison, at least: neighbours then read neighbouring channels, from different banks.
+const LANES: usize = 8;
 /// Sums that a unit keeps in registers, at most.
 const SUMS: usize = 128;
 /// Elements of a vector, at most.
@@ -203,7 +205,7 @@ fn shape(
         let block = BLOCK.min(tile);
         let tasks = heads * tile / block;
         let most = key_width.next_power_of_two().min(32);
-        let lanes = (units / tasks.next_power_of_two()).clamp(1, most);
+        let lanes = (units / tasks.next_power_of_two()).clamp(LANES.min(most), most);
         let planes = has_planes && lanes <= plane;
         // Without planes a unit of a task's adds up the sums of a slot.
         let lanes = if planes { lanes } else { lanes.max(block) };
@@ -242,4 +244,137 @@ fn shape(
         sum_vectors,
         parts: false,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use cubecl::{
+        features::Features,
+        ir::{HardwareProperties, MemoryDeviceProperties},
+        profile::TimingMethod,
+    };
+
+    /// A device with the default limits of WebGPU and nothing more.
+    fn webgpu() -> DeviceProperties {
+        let hardware = HardwareProperties {
+            load_width: 128,
+            plane_size_min: 32,
+            plane_size_max: 32,
+            max_bindings: 8,
+            max_shared_memory_size: 16 * 1024,
+            max_cube_count: (65_535, 65_535, 65_535),
+            max_units_per_cube: 256,
+            max_cube_dim: (256, 256, 64),
+            num_streaming_multiprocessors: None,
+            num_cpu_cores: None,
+            num_tensor_cores: None,
+            min_tensor_cores_dim: None,
+            max_vector_size: 4,
+        };
+        let memory = MemoryDeviceProperties {
+            max_page_size: 128 << 20,
+            alignment: 256,
+        };
+        let mut device =
+            DeviceProperties::new(Features::default(), memory, hardware, TimingMethod::System);
+        for dtype in [DType::F32, DType::I32] {
+            device.register_type_usage(cubecl::ir::StorageType::from(dtype), TypeUsage::all());
+        }
+        device
+    }
+
+    const TYPES: Types = Types {
+        float: DType::F32,
+        gates: None,
+        pool: DType::F32,
+        table: DType::I32,
+    };
+
+    fn problem(layout: SlotLayout, heads: usize, rows: usize, max_slots: usize) -> DecodeProblem {
+        DecodeProblem {
+            heads,
+            layout,
+            stride: 1,
+            starts: vec![max_slots - 1; rows],
+            max_slots,
+            scale: 1.0,
+        }
+    }
+
+    #[test]
+    fn plans_are_inside_the_limits_of_webgpu() {
+        let mut device = webgpu();
+        for planes in [false, true] {
+            if planes {
+                device.features.plane.insert(Plane::Ops);
+            }
+            for heads in 1..=32 {
+                for width in 1..=128 {
+                    let layouts = [
+                        SlotLayout::Latent {
+                            rank: 4 * width,
+                            rope_dim: 64,
+                        },
+                        SlotLayout::Latent {
+                            rank: width,
+                            rope_dim: 0,
+                        },
+                        SlotLayout::Dense {
+                            kv_heads: 1,
+                            head_dim: width,
+                        },
+                    ];
+                    for layout in layouts {
+                        let problem = problem(layout, heads, 3, 1000);
+                        let plan = DecodePlan::new(&problem, TYPES, &device).unwrap();
+                        let s = plan.shape;
+                        let floats = s.scratch + 2 * s.heads * (s.tile + 1);
+                        let floats = floats + s.tile * s.tile_width * s.vector;
+                        assert!(4 * floats <= 16 * 1024, "{s:?}");
+                        assert!(s.units <= 256 && s.units.is_power_of_two());
+                        assert!(s.tile.is_multiple_of(s.block) && s.units.is_multiple_of(s.lanes));
+                        assert!(s.planes && s.lanes <= 32 || s.scratch >= s.block * s.units);
+                        assert!(s.sum_heads * s.sum_groups >= s.heads);
+                        assert!(s.sum_vectors * s.sum_columns >= s.value_width);
+                        assert!(plan.parts <= 1000);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn few_long_rows_are_divided_and_many_are_not() {
+        let layout = SlotLayout::Latent {
+            rank: 256,
+            rope_dim: 32,
+        };
+        let parts = |rows, max_slots| {
+            let problem = problem(layout, 8, rows, max_slots);
+            DecodePlan::new(&problem, TYPES, &webgpu()).unwrap().parts
+        };
+        assert_eq!(parts(1, 1), 1);
+        assert_eq!(parts(1, 10_000), CUBES * MULTIPROCESSORS);
+        assert_eq!(parts(40, 10_000), CUBES * MULTIPROCESSORS / 40);
+        assert_eq!(parts(500, 10_000), 1);
+    }
+
+    #[test]
+    fn what_a_device_lacks_is_said() {
+        let layout = SlotLayout::Latent {
+            rank: 64,
+            rope_dim: 8,
+        };
+        let problem = problem(layout, 2, 1, 1);
+        let types = Types {
+            pool: DType::F16,
+            ..TYPES
+        };
+        let missing = Unavailable::Type {
+            operand: "a pool",
+            dtype: DType::F16,
+        };
+        assert_eq!(DecodePlan::new(&problem, types, &webgpu()), Err(missing));
+    }
 }
