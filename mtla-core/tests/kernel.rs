@@ -19,7 +19,7 @@ use mtla_core::{
     cache::Cache,
     ops::{
         AttentionBackend, DecodeOperands, DecodeProblem, LaunchKind, SlotLayout,
-        cube::{self, KernelError, Unavailable},
+        cube::{self, KernelError, Planes, Unavailable},
         launches, plain,
     },
     testing::backends::{Wgpu, WgpuBare},
@@ -35,7 +35,7 @@ fn alone() -> std::sync::MutexGuard<'static, ()> {
         .unwrap_or_else(std::sync::PoisonError::into_inner);
     cube::require_kernel(true);
     cube::poison_outputs(true);
-    cube::use_planes(true);
+    cube::use_planes(Planes::Reported);
     guard
 }
 
@@ -340,11 +340,16 @@ fn decode_is_the_plain_one() {
     compare::<WgpuBare>("bare, large", 1000..1030, &LARGE, F32, CLOSE);
 }
 
+/// Vulkan on the CPU has planes of 8 units, and CubeCL does not report planes of CPUs.
 #[test]
-fn without_planes_as_well() {
+fn with_and_without_planes_as_well() {
     let _alone = alone();
-    cube::use_planes(false);
-    compare::<WgpuBare>("without planes", 0..40, &SMALL, F32, CLOSE);
+    cube::use_planes(Planes::Never);
+    compare::<WgpuBare>("without planes", 0..30, &SMALL, F32, CLOSE);
+    let client = WgpuRuntime::client(&WgpuDevice::default());
+    println!("planes of {}", client.properties().hardware.plane_size_min);
+    cube::use_planes(Planes::Always);
+    compare::<WgpuBare>("with planes", 0..60, &SMALL, F32, CLOSE);
 }
 
 #[test]

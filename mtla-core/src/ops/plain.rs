@@ -83,7 +83,15 @@ pub fn attend_with<B: Backend>(
         ungroup(group(w, p).matmul(kv.v), p).swap_dims(1, 2)
     });
     let from_self = self_term.map(|kv| {
-        let w = per_token(kept.narrow(3, p.columns, 1), p);
+        let w = kept.narrow(3, p.columns, 1).swap_dims(1, 2);
+        // Flat, and so copied: Burn's wgpu backend multiplies a view like this one by the wrong numbers.
+        let w = w.reshape([p.batch * p.queries * p.heads]).reshape([
+            p.batch,
+            p.queries,
+            p.kv_heads,
+            p.heads / p.kv_heads,
+            1,
+        ]);
         let x = w * per_token(kv.v, p);
         x.reshape([p.batch, p.queries, p.heads, p.value_width])
     });

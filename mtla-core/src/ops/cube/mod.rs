@@ -22,8 +22,8 @@ use super::{DecodeOperands, DecodeProblem, plain};
 pub use fallback::{KernelError, Unavailable, require_kernel};
 pub use launch::poison_outputs;
 use launch::{Operands, launch};
-pub use plan::use_planes;
 use plan::{DecodePlan, Types};
+pub use plan::{Planes, use_planes};
 
 /// [`decode`](crate::ops::AttentionBackend::decode) by the kernel, or not at all.
 ///

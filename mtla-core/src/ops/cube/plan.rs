@@ -1,6 +1,6 @@
 //! How a decoding step is laid out on a device: sizes that are compiled into the kernel, and the number of cubes.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 
 use burn::tensor::DType;
 use burn_cubecl::cubecl;
@@ -34,12 +34,33 @@ const CUBES: usize = 4;
 const MULTIPROCESSORS: usize = 32;
 const TILES: usize = 2;
 
-static PLANES: AtomicBool = AtomicBool::new(true);
+/// When a kernel uses plane operations (subgroups).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Planes {
+    /// Where the device says that it has them.
+    Reported,
+    /// Nowhere: for drivers that get them wrong.
+    Never,
+    /// Everywhere: for tests on devices that have them and don't say so.
+    Always,
+}
 
-/// Whether, from now on and in the whole process, kernels may use plane operations (subgroups) where the device says
-/// that it has them: for tests, and for drivers that get them wrong.
-pub fn use_planes(planes: bool) {
-    PLANES.store(planes, Ordering::Relaxed);
+static PLANES: AtomicU8 = AtomicU8::new(Planes::Reported as u8);
+
+/// When kernels use plane operations, from now on and in the whole process.
+pub fn use_planes(planes: Planes) {
+    PLANES.store(planes as u8, Ordering::Relaxed);
+}
+
+/// Units of a plane; 1 where plane operations are not to be used.
+fn plane_size(device: &DeviceProperties) -> usize {
+    let forced = PLANES.load(Ordering::Relaxed);
+    let reported = device.features.plane.contains(Plane::Ops);
+    let size = device.hardware.plane_size_min as usize;
+    if forced == Planes::Never as u8 || !reported && forced != Planes::Always as u8 {
+        return 1;
+    }
+    if size.is_power_of_two() { size } else { 1 }
 }
 
 /// Sizes that the kernel is compiled for. All widths are in vectors.
@@ -197,16 +218,13 @@ fn shape(
     }
 
     let available = SHARED_MEMORY.min(hardware.max_shared_memory_size);
-    let plane = hardware.plane_size_min as usize;
-    let has_planes = PLANES.load(Ordering::Relaxed)
-        && device.features.plane.contains(Plane::Ops)
-        && plane.is_power_of_two();
+    let plane = plane_size(device);
     let with_tile = |tile: usize| {
         let block = BLOCK.min(tile);
         let tasks = heads * tile / block;
         let most = key_width.next_power_of_two().min(32);
         let lanes = (units / tasks.next_power_of_two()).clamp(LANES.min(most), most);
-        let planes = has_planes && lanes <= plane;
+        let planes = plane > 1 && lanes <= plane;
         // Without planes a unit of a task's adds up the sums of a slot.
         let lanes = if planes { lanes } else { lanes.max(block) };
         let scratch = if planes { units } else { block * units };
