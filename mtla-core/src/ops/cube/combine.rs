@@ -1,5 +1,11 @@
 //! Joins what the parts of long rows have found.
 
+#![allow(
+    clippy::trivially_copy_pass_by_ref,
+    clippy::used_underscore_binding,
+    reason = "kernels take tensors by reference, and their types by a parameter of this form"
+)]
+
 use burn_cubecl::cubecl;
 use cubecl::prelude::*;
 

@@ -12,6 +12,14 @@
 //! All of it is in 32 bits. Loops with barriers in them run equally often in all units, by numbers that come from
 //! the launch and not from a buffer, as WebGPU demands; a part that ends before others goes on with empty tiles.
 
+#![allow(
+    clippy::trivially_copy_pass_by_ref,
+    clippy::used_underscore_binding,
+    clippy::too_many_lines,
+    clippy::too_many_arguments,
+    reason = "kernels take tensors by reference, and their types by a parameter of this form"
+)]
+
 use burn_cubecl::cubecl;
 use cubecl::prelude::*;
 
@@ -24,7 +32,6 @@ const LOWEST: f32 = -1e30;
 /// [`combine`](super::combine) makes the result of: `[rows, parts, heads, values + 2]`, the last two vectors being
 /// the largest score and the sum of the weights.
 #[cube(launch_unchecked)]
-#[expect(clippy::too_many_arguments, reason = "the operands of the operation")]
 pub(super) fn decode_kernel<F: Float, P: Float, I: Int, O: Float, N: Size>(
     q: &Tensor<Vector<F, N>>,
     row: &Tensor<Vector<F, N>>,
@@ -243,7 +250,7 @@ impl Owner {
 /// Where in a slot of the pool a channel of the tile stands.
 #[cube]
 fn column(channel: usize, kv_head: usize, #[comptime] shape: Shape) -> usize {
-    if shape.values_at == 0 {
+    if shape.tile_width == shape.key_width {
         channel
     } else {
         // Keys of all heads, then values of all heads.
@@ -263,12 +270,10 @@ fn merge<N: Size>(
     #[comptime] shape: Shape,
 ) -> Vector<f32, N> {
     let mut merged = new;
-    if shape.gated {
-        if channel < shape.value_width {
-            merged = Vector::new(gate) * new;
-            if !opens {
-                merged += before;
-            }
+    if shape.gated && channel < shape.value_width {
+        merged = Vector::new(gate) * new;
+        if !opens {
+            merged += before;
         }
     }
     merged

@@ -8,13 +8,14 @@ use burn_cubecl::{
 };
 use burn_cubecl_fusion::CubeFusionHandle;
 use burn_fusion::{
-    Fusion,
+    Fusion, FusionTensor,
     stream::{Operation, OperationStreams},
 };
 use burn_ir::{CustomOpIr, HandleContainer, OperationIr, TensorIr};
 
 use super::{
     super::{DecodeOperands, DecodeProblem, plain},
+    Decoded,
     fallback::fall_back,
     launch::{Operands, launch},
     plan,
@@ -24,10 +25,7 @@ use super::{
 pub(in super::super) fn decode<R, F, I, BT>(
     operands: DecodeOperands<Fusion<CubeBackend<R, F, I, BT>>>,
     problem: &DecodeProblem,
-) -> (
-    Tensor<Fusion<CubeBackend<R, F, I, BT>>, 3>,
-    Tensor<Fusion<CubeBackend<R, F, I, BT>>, 2>,
-)
+) -> Decoded<Fusion<CubeBackend<R, F, I, BT>>>
 where
     R: CubeRuntime,
     F: FloatElement,
@@ -58,7 +56,7 @@ where
     let types = [plan.types.float, plan.types.pool];
     let outputs = [(out_shape, types[0]), (pool_shape, types[1])]
         .map(|(shape, dtype)| TensorIr::uninit(client.create_empty_handle(), shape, dtype));
-    let inputs: Vec<TensorIr> = inputs.into_iter().map(|x| x.into_ir()).collect();
+    let inputs: Vec<TensorIr> = inputs.into_iter().map(FusionTensor::into_ir).collect();
     let description = CustomOpIr::new("mtla::decode", &inputs, &outputs);
     let operation = Decode::<CubeBackend<R, F, I, BT>> {
         description: description.clone(),

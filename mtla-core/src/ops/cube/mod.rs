@@ -25,6 +25,9 @@ use launch::{Operands, launch};
 use plan::{DecodePlan, Types};
 pub use plan::{Planes, use_planes};
 
+/// What a step gives: the result `[rows, heads, value_width]`, and the pool.
+pub type Decoded<B> = (Tensor<B, 3>, Tensor<B, 2>);
+
 /// [`decode`](crate::ops::AttentionBackend::decode) by the kernel, or not at all.
 ///
 /// # Errors
@@ -32,13 +35,7 @@ pub use plan::{Planes, use_planes};
 pub fn try_decode<R, F, I, BT>(
     operands: DecodeOperands<CubeBackend<R, F, I, BT>>,
     problem: &DecodeProblem,
-) -> Result<
-    (
-        Tensor<CubeBackend<R, F, I, BT>, 3>,
-        Tensor<CubeBackend<R, F, I, BT>, 2>,
-    ),
-    KernelError,
->
+) -> Result<Decoded<CubeBackend<R, F, I, BT>>, KernelError>
 where
     R: CubeRuntime,
     F: FloatElement,
@@ -53,10 +50,7 @@ where
 pub(super) fn decode<R, F, I, BT>(
     operands: DecodeOperands<CubeBackend<R, F, I, BT>>,
     problem: &DecodeProblem,
-) -> (
-    Tensor<CubeBackend<R, F, I, BT>, 3>,
-    Tensor<CubeBackend<R, F, I, BT>, 2>,
-)
+) -> Decoded<CubeBackend<R, F, I, BT>>
 where
     R: CubeRuntime,
     F: FloatElement,
@@ -91,10 +85,7 @@ fn plan<R: CubeRuntime, B: Backend<Device = R::Device>>(
 fn run<R, F, I, BT>(
     operands: DecodeOperands<CubeBackend<R, F, I, BT>>,
     plan: &DecodePlan,
-) -> (
-    Tensor<CubeBackend<R, F, I, BT>, 3>,
-    Tensor<CubeBackend<R, F, I, BT>, 2>,
-)
+) -> Decoded<CubeBackend<R, F, I, BT>>
 where
     R: CubeRuntime,
     F: FloatElement,
