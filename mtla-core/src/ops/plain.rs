@@ -67,6 +67,8 @@ pub fn attend_with<B: Backend>(
     }
     if let Some(kv) = &self_term {
         let s = (per_token(q, p) * per_token(kv.k.clone(), p)).sum_dim(4);
+        // Flat on the way, for the gradient's sake; see below.
+        let s = s.reshape([p.batch * p.queries * p.heads]);
         let s = s.reshape([p.batch, p.queries, p.heads, 1]).swap_dims(1, 2);
         let s = widen(s).mul_scalar(p.scale);
         scores.push(add_mask(s, self_mask(p, &device), self_bias));
