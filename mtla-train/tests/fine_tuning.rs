@@ -135,7 +135,8 @@ fn what_is_saved_is_what_was_trained() {
         let fresh = llama.config.decoder().unwrap().init(&FlexDevice).unwrap();
         let trained: Decoder<Flex> = load_weights(&best, fresh, &FlexDevice).unwrap();
         let saved = logits(&llama.decoder);
-        assert_eq!(saved, logits(&trained));
+        // The weights are the same, but lie in another order, and so do the sums.
+        saved.assert_approx_eq::<f32>(&logits(&trained), Tolerance::absolute(1e-5));
         let before = Llama::<Flex>::from_pretrained(path("llama"), &FlexDevice).unwrap();
         assert_ne!(saved, logits(&before.decoder), "nothing was learnt");
         assert_eq!(llama.decoder.num_params(), before.decoder.num_params());

@@ -78,18 +78,44 @@ impl AttentionBackend for burn_ndarray::NdArray<f64> {}
 #[cfg(feature = "tch")]
 impl<E: burn_tch::TchElement> AttentionBackend for burn_tch::LibTorch<E> {}
 
-#[cfg(any(feature = "wgpu", feature = "cuda"))]
-impl<R, F, I, BT> AttentionBackend for burn_cubecl::CubeBackend<R, F, I, BT>
-where
-    R: burn_cubecl::CubeRuntime,
-    F: burn_cubecl::FloatElement,
-    I: burn_cubecl::IntElement,
-    BT: burn_cubecl::BoolElement,
-{
-}
+#[cfg(feature = "cube")]
+mod cube {
+    use burn_cubecl::{BoolElement, CubeBackend, CubeRuntime, FloatElement, IntElement};
+    use burn_fusion::Fusion;
 
-#[cfg(any(feature = "wgpu", feature = "cuda"))]
-impl<B: burn_fusion::FusionBackend> AttentionBackend for burn_fusion::Fusion<B> {}
+    use super::{AttentionBackend, DecodeOperands, DecodeProblem, Tensor};
+    use crate::ops::cube;
+
+    impl<R, F, I, BT> AttentionBackend for CubeBackend<R, F, I, BT>
+    where
+        R: CubeRuntime,
+        F: FloatElement,
+        I: IntElement,
+        BT: BoolElement,
+    {
+        fn decode(
+            operands: DecodeOperands<Self>,
+            problem: &DecodeProblem,
+        ) -> (Tensor<Self, 3>, Tensor<Self, 2>) {
+            cube::decode(operands, problem)
+        }
+    }
+
+    impl<R, F, I, BT> AttentionBackend for Fusion<CubeBackend<R, F, I, BT>>
+    where
+        R: CubeRuntime,
+        F: FloatElement,
+        I: IntElement,
+        BT: BoolElement,
+    {
+        fn decode(
+            operands: DecodeOperands<Self>,
+            problem: &DecodeProblem,
+        ) -> (Tensor<Self, 3>, Tensor<Self, 2>) {
+            cube::decode_fused(operands, problem)
+        }
+    }
+}
 
 #[cfg(feature = "flex")]
 mod flex {

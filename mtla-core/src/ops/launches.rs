@@ -11,11 +11,15 @@ pub enum LaunchKind {
     HostAttendBackward,
     /// `decode` of the Flex backend.
     HostDecode,
+    /// `decode` of the backends that CubeCL compiles for.
+    CubeDecode,
+    /// The second launch of it, where rows have several parts.
+    CubeDecodeCombine,
 }
 
-static COUNTS: [AtomicU64; 3] = [const { AtomicU64::new(0) }; 3];
+static COUNTS: [AtomicU64; 5] = [const { AtomicU64::new(0) }; 5];
 
-#[cfg(feature = "flex")]
+#[cfg(any(feature = "flex", feature = "cube"))]
 pub(super) fn count(kind: LaunchKind) {
     COUNTS[kind as usize].fetch_add(1, Ordering::Relaxed);
 }

@@ -17,6 +17,8 @@
 mod activation;
 mod autodiff;
 mod backends;
+#[cfg(feature = "cube")]
+pub mod cube;
 mod dropout;
 #[cfg(feature = "flex")]
 mod host;

@@ -3,7 +3,7 @@
 use burn::tensor::{Int, Tensor, backend::Backend};
 use burn_autodiff::{Autodiff, checkpoint::strategy::CheckpointStrategy};
 
-use super::{Activation, AttendProblem, DecodeProblem};
+use super::{Activation, AttendProblem, DecodeProblem, ProblemError};
 
 /// Keys and values that queries attend to.
 #[derive(Debug, Clone)]
@@ -161,14 +161,19 @@ impl<B: Backend> DecodeOperands<B> {
     /// # Panics
     /// If the operands do not fit the problem.
     pub(super) fn check(&self, problem: &DecodeProblem) {
-        problem
-            .validate(
-                self.q.dims(),
-                self.row.dims(),
-                self.gates.as_ref().map(Tensor::dims),
-                self.pool.dims(),
-                self.table.dims(),
-            )
+        self.validate(problem)
             .unwrap_or_else(|error| panic!("decode: {error}"));
+    }
+
+    /// # Errors
+    /// If the operands do not fit the problem.
+    pub(super) fn validate(&self, problem: &DecodeProblem) -> Result<(), ProblemError> {
+        problem.validate(
+            self.q.dims(),
+            self.row.dims(),
+            self.gates.as_ref().map(Tensor::dims),
+            self.pool.dims(),
+            self.table.dims(),
+        )
     }
 }

@@ -67,6 +67,8 @@ pub fn attend_with<B: Backend>(
     }
     if let Some(kv) = &self_term {
         let s = (per_token(q, p) * per_token(kv.k.clone(), p)).sum_dim(4);
+        // Flat on the way, for the gradient's sake; see below.
+        let s = s.reshape([p.batch * p.queries * p.heads]);
         let s = s.reshape([p.batch, p.queries, p.heads, 1]).swap_dims(1, 2);
         let s = widen(s).mul_scalar(p.scale);
         scores.push(add_mask(s, self_mask(p, &device), self_bias));
@@ -83,7 +85,15 @@ pub fn attend_with<B: Backend>(
         ungroup(group(w, p).matmul(kv.v), p).swap_dims(1, 2)
     });
     let from_self = self_term.map(|kv| {
-        let w = per_token(kept.narrow(3, p.columns, 1), p);
+        let w = kept.narrow(3, p.columns, 1).swap_dims(1, 2);
+        // Flat, and so copied: Burn's wgpu backend multiplies a view like this one by the wrong numbers.
+        let w = w.reshape([p.batch * p.queries * p.heads]).reshape([
+            p.batch,
+            p.queries,
+            p.kv_heads,
+            p.heads / p.kv_heads,
+            1,
+        ]);
         let x = w * per_token(kv.v, p);
         x.reshape([p.batch, p.queries, p.heads, p.value_width])
     });

@@ -1,0 +1,139 @@
+//! From tensors to launches.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use burn::tensor::{DType, Shape};
+use burn_cubecl::{CubeRuntime, cubecl, kernel::into_contiguous, tensor::CubeTensor};
+use cubecl::{calculate_cube_count_elemwise, prelude::*};
+
+use super::{
+    super::{LaunchKind, launches},
+    combine::combine_kernel,
+    decode::decode_kernel,
+    plan::DecodePlan,
+};
+
+/// The operands of a step as the backend has them.
+pub(super) struct Operands<R: CubeRuntime> {
+    pub(super) q: CubeTensor<R>,
+    pub(super) row: CubeTensor<R>,
+    pub(super) gates: Option<CubeTensor<R>>,
+    pub(super) pool: CubeTensor<R>,
+    pub(super) table: CubeTensor<R>,
+}
+
+/// The result `[rows, heads, value_width]`, and the pool, in place if nobody else holds it.
+pub(super) fn launch<R: CubeRuntime>(
+    operands: Operands<R>,
+    plan: &DecodePlan,
+) -> (CubeTensor<R>, CubeTensor<R>) {
+    let Operands {
+        q,
+        row,
+        gates,
+        pool,
+        table,
+    } = operands;
+    let DecodePlan {
+        shape, types, rows, ..
+    } = *plan;
+    let (client, device) = (q.client.clone(), q.device.clone());
+    let pool = own(into_contiguous(pool));
+    let (heads, width) = (
+        shape.heads * shape.kv_heads,
+        shape.value_width * shape.vector,
+    );
+    let new = |shape: Vec<usize>, dtype| empty(&client, &device, shape.into(), dtype);
+    let out = new(vec![rows, heads, width], types.float);
+    let partial = shape.parts.then(|| {
+        let width = width + 2 * shape.vector;
+        new(vec![rows, plan.parts, heads, width], DType::F32)
+    });
+    let target = partial.as_ref().unwrap_or(&out).clone();
+    let target_type = target.dtype;
+
+    let cubes = CubeCount::Static(plan.parts as u32, rows as u32, shape.kv_heads as u32);
+    launches::count(LaunchKind::CubeDecode);
+    // SAFETY: what the kernel reads and writes lies within its operands, whose shapes were checked against the
+    // problem, and entries of the table are held within the pool.
+    unsafe {
+        decode_kernel::launch_unchecked::<R>(
+            &client,
+            cubes,
+            CubeDim::new_1d(shape.units as u32),
+            shape.vector,
+            into_contiguous(q).into_tensor_arg(),
+            into_contiguous(row).into_tensor_arg(),
+            gates
+                .map(|gates| into_contiguous(gates).into_tensor_arg())
+                .into(),
+            pool.clone().into_tensor_arg(),
+            into_contiguous(table).into_tensor_arg(),
+            target.into_tensor_arg(),
+            plan.stride,
+            plan.scale,
+            shape,
+            [
+                types.float.into(),
+                types.pool.into(),
+                types.table.into(),
+                target_type.into(),
+            ],
+        );
+    }
+    if let Some(partial) = partial {
+        let vectors = rows * heads * shape.value_width;
+        let units = CubeDim::new(&client, vectors);
+        launches::count(LaunchKind::CubeDecodeCombine);
+        // SAFETY: there is a unit for each vector of `out`, and `partial` was made for it above.
+        unsafe {
+            combine_kernel::launch_unchecked::<R>(
+                &client,
+                calculate_cube_count_elemwise(&client, vectors, units),
+                units,
+                shape.vector,
+                partial.into_tensor_arg(),
+                out.clone().into_tensor_arg(),
+                shape.value_width,
+                types.float.into(),
+            );
+        }
+    }
+    (out, pool)
+}
+
+/// A tensor that can be written to: itself, or a copy where its memory is shared.
+fn own<R: CubeRuntime>(x: CubeTensor<R>) -> CubeTensor<R> {
+    if x.can_mut() && x.is_nonoverlapping() {
+        x
+    } else {
+        x.copy()
+    }
+}
+
+static POISON: AtomicBool = AtomicBool::new(false);
+
+/// Whether, from now on and in the whole process, memory that a kernel is to write is filled with NaN before: what a
+/// kernel leaves out then shows. For tests.
+pub fn poison_outputs(poison: bool) {
+    POISON.store(poison, Ordering::Relaxed);
+}
+
+fn empty<R: CubeRuntime>(
+    client: &ComputeClient<R>,
+    device: &R::Device,
+    shape: Shape,
+    dtype: DType,
+) -> CubeTensor<R> {
+    if POISON.load(Ordering::Relaxed) {
+        let nan = burn_cubecl::ops::numeric::full_device_dtype;
+        return nan(
+            client.clone(),
+            shape,
+            device.clone(),
+            InputScalar::new(f32::NAN, dtype),
+            dtype,
+        );
+    }
+    burn_cubecl::ops::numeric::empty_device_dtype(client.clone(), device.clone(), shape, dtype)
+}

@@ -1,0 +1,108 @@
+//! The operations of attention as CubeCL kernels, for every backend that CubeCL compiles for.
+//!
+//! * `decode.rs` is the decoding kernel, `combine.rs` the one after it where rows have several parts;
+//! * `plan.rs` chooses sizes from problem and device, and knows what cannot run;
+//! * `launch.rs` makes room for results and launches;
+//! * `fusion.rs` is the same under Burn's fusion, as a custom operation;
+//! * `fallback.rs` is for when there is no kernel.
+
+mod combine;
+mod decode;
+mod fallback;
+mod fusion;
+mod launch;
+mod plan;
+
+use burn::tensor::{Tensor, TensorPrimitive, backend::Backend};
+use burn_cubecl::{
+    BoolElement, CubeBackend, CubeRuntime, FloatElement, IntElement, tensor::CubeTensor,
+};
+
+use super::{DecodeOperands, DecodeProblem, plain};
+pub use fallback::{KernelError, Unavailable, require_kernel};
+pub use launch::poison_outputs;
+use launch::{Operands, launch};
+use plan::{DecodePlan, Types};
+pub use plan::{Planes, use_planes};
+
+/// What a step gives: the result `[rows, heads, value_width]`, and the pool.
+pub type Decoded<B> = (Tensor<B, 3>, Tensor<B, 2>);
+
+/// [`decode`](crate::ops::AttentionBackend::decode) by the kernel, or not at all.
+///
+/// # Errors
+/// [`KernelError`] says whether the operands do not fit, or the kernel cannot run them.
+pub fn try_decode<R, F, I, BT>(
+    operands: DecodeOperands<CubeBackend<R, F, I, BT>>,
+    problem: &DecodeProblem,
+) -> Result<Decoded<CubeBackend<R, F, I, BT>>, KernelError>
+where
+    R: CubeRuntime,
+    F: FloatElement,
+    I: IntElement,
+    BT: BoolElement,
+{
+    operands.validate(problem)?;
+    let plan = plan::<R, _>(&operands, problem)?;
+    Ok(run(operands, &plan))
+}
+
+pub(super) fn decode<R, F, I, BT>(
+    operands: DecodeOperands<CubeBackend<R, F, I, BT>>,
+    problem: &DecodeProblem,
+) -> Decoded<CubeBackend<R, F, I, BT>>
+where
+    R: CubeRuntime,
+    F: FloatElement,
+    I: IntElement,
+    BT: BoolElement,
+{
+    operands.check(problem);
+    match plan::<R, _>(&operands, problem) {
+        Ok(plan) => run(operands, &plan),
+        Err(reason) => {
+            fallback::fall_back("decode", &reason);
+            plain::decode(operands, problem)
+        }
+    }
+}
+
+pub(super) use fusion::decode as decode_fused;
+
+fn plan<R: CubeRuntime, B: Backend<Device = R::Device>>(
+    operands: &DecodeOperands<B>,
+    problem: &DecodeProblem,
+) -> Result<DecodePlan, Unavailable> {
+    let types = Types {
+        float: operands.q.dtype(),
+        gates: operands.gates.as_ref().map(Tensor::dtype),
+        pool: operands.pool.dtype(),
+        table: operands.table.dtype(),
+    };
+    DecodePlan::new(problem, types, R::client(&operands.q.device()).properties())
+}
+
+fn run<R, F, I, BT>(
+    operands: DecodeOperands<CubeBackend<R, F, I, BT>>,
+    plan: &DecodePlan,
+) -> Decoded<CubeBackend<R, F, I, BT>>
+where
+    R: CubeRuntime,
+    F: FloatElement,
+    I: IntElement,
+    BT: BoolElement,
+{
+    let operands = Operands::<R> {
+        q: operands.q.into_primitive().tensor(),
+        row: operands.row.into_primitive().tensor(),
+        gates: operands.gates.map(|gates| gates.into_primitive().tensor()),
+        pool: operands.pool.into_primitive().tensor(),
+        table: operands.table.into_primitive(),
+    };
+    let (out, pool) = launch(operands, plan);
+    let tensor = |x: CubeTensor<R>| TensorPrimitive::Float(x);
+    (
+        Tensor::from_primitive(tensor(out)),
+        Tensor::from_primitive(tensor(pool)),
+    )
+}

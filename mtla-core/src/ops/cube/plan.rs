@@ -1,0 +1,398 @@
+//! How a decoding step is laid out on a device: sizes that are compiled into the kernel, and the number of cubes.
+
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use burn::tensor::DType;
+use burn_cubecl::cubecl;
+use cubecl::{
+    features::{Plane, TypeUsage},
+    ir::DeviceProperties,
+};
+
+use super::{
+    super::{DecodeProblem, SlotLayout},
+    fallback::Unavailable,
+};
+
+/// Units of a cube, at most; WebGPU's default limit.
+const UNITS: usize = 256;
+/// Shared memory of a cube, at most, in bytes: WebGPU's default limit. Where there is more, more cubes share a
+/// multiprocessor.
+const SHARED_MEMORY: usize = 16 * 1024;
+/// Slots of a tile, at most, and slots that a unit compares at a time.
+const TILE: usize = 32;
+const BLOCK: usize = 4;
+/// Units that share a comparison, at least: neighbours then read neighbouring channels, from different banks.
+const LANES: usize = 8;
+/// Sums that a unit keeps in registers, at most.
+const SUMS: usize = 128;
+/// Elements of a vector, at most.
+const VECTOR: usize = 4;
+/// Cubes that keep a multiprocessor busy, how many of them to expect where a device does not say, and the
+/// tiles that are worth a cube of their own.
+const CUBES: usize = 4;
+const MULTIPROCESSORS: usize = 32;
+const TILES: usize = 2;
+
+/// When a kernel uses plane operations (subgroups).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Planes {
+    /// Where the device says that it has them.
+    Reported,
+    /// Nowhere: for drivers that get them wrong.
+    Never,
+    /// Everywhere: for tests on devices that have them and don't say so.
+    Always,
+}
+
+static PLANES: AtomicU8 = AtomicU8::new(Planes::Reported as u8);
+
+/// When kernels use plane operations, from now on and in the whole process.
+pub fn use_planes(planes: Planes) {
+    PLANES.store(planes as u8, Ordering::Relaxed);
+}
+
+/// Units of a plane; 1 where plane operations are not to be used.
+fn plane_size(device: &DeviceProperties) -> usize {
+    let forced = PLANES.load(Ordering::Relaxed);
+    let reported = device.features.plane.contains(Plane::Ops);
+    let size = device.hardware.plane_size_min as usize;
+    if forced == Planes::Never as u8 || !reported && forced != Planes::Always as u8 {
+        return 1;
+    }
+    if size.is_power_of_two() { size } else { 1 }
+}
+
+/// Sizes that the kernel is compiled for. All widths are in vectors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct Shape {
+    /// Elements of a vector.
+    pub(super) vector: usize,
+    /// Query heads of one key/value head.
+    pub(super) heads: usize,
+    pub(super) kv_heads: usize,
+    pub(super) key_width: usize,
+    pub(super) value_width: usize,
+    /// A slot in the pool.
+    pub(super) slot_width: usize,
+    /// What of a slot one key/value head needs, and where in that its values start: at 0 in a latent, which is
+    /// key and value at once, and after the keys in a dense slot.
+    pub(super) tile_width: usize,
+    pub(super) values_at: usize,
+    /// Whether the new token is gated and merged.
+    pub(super) gated: bool,
+    /// Units of a cube, a power of two.
+    pub(super) units: usize,
+    /// Slots of a tile.
+    pub(super) tile: usize,
+    /// Slots that are compared together, and units that share the work.
+    pub(super) block: usize,
+    pub(super) lanes: usize,
+    /// Whether those units add up by plane operations, and else through this many floats of shared memory.
+    pub(super) planes: bool,
+    pub(super) scratch: usize,
+    /// Units side by side on the channels of a value, and how many such rows of units there are.
+    pub(super) sum_columns: usize,
+    pub(super) sum_groups: usize,
+    /// Heads and vectors of channels that a unit sums.
+    pub(super) sum_heads: usize,
+    pub(super) sum_vectors: usize,
+    /// Whether a row has several parts, so that partial results are written.
+    pub(super) parts: bool,
+}
+
+/// The element types of a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Types {
+    /// Queries, new rows and results.
+    pub(super) float: DType,
+    pub(super) gates: Option<DType>,
+    pub(super) pool: DType,
+    pub(super) table: DType,
+}
+
+/// A step as it will be launched.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct DecodePlan {
+    pub(super) shape: Shape,
+    pub(super) types: Types,
+    pub(super) rows: usize,
+    /// Parts that every row's slots are divided into.
+    pub(super) parts: usize,
+    pub(super) stride: u32,
+    pub(super) scale: f32,
+}
+
+impl DecodePlan {
+    pub(super) fn new(
+        problem: &DecodeProblem,
+        types: Types,
+        device: &DeviceProperties,
+    ) -> Result<Self, Unavailable> {
+        check_types(types, device)?;
+        let (rows, kv_heads) = (problem.starts.len(), problem.layout.kv_heads());
+        let (_, most_rows, most_heads) = device.hardware.max_cube_count;
+        if rows == 0 || rows > most_rows as usize || kv_heads > most_heads as usize {
+            return Err(Unavailable::Grid { rows, kv_heads });
+        }
+        let vector = vector(problem.layout, types, device);
+        let mut shape = shape(problem, types, vector, device)?;
+        let multiprocessors = device.hardware.num_streaming_multiprocessors;
+        let cubes = CUBES * multiprocessors.map_or(MULTIPROCESSORS, |n| n as usize);
+        let parts =
+            (cubes / (rows * kv_heads)).clamp(1, problem.max_slots.div_ceil(TILES * shape.tile));
+        shape.parts = parts > 1;
+        Ok(Self {
+            shape,
+            types,
+            rows,
+            parts,
+            stride: problem.stride as u32,
+            scale: problem.scale as f32,
+        })
+    }
+}
+
+fn check_types(types: Types, device: &DeviceProperties) -> Result<(), Unavailable> {
+    let usable = |dtype: DType| {
+        let usage = TypeUsage::Buffer | TypeUsage::Conversion;
+        device.type_usage(dtype.into()).is_superset(usage)
+    };
+    let float = |dtype| matches!(dtype, DType::F32 | DType::F16 | DType::BF16) && usable(dtype);
+    let missing = |operand, dtype| Err(Unavailable::Type { operand, dtype });
+    match types {
+        Types { float: dtype, .. } if !float(dtype) => missing("queries", dtype),
+        Types { pool, .. } if !float(pool) => missing("a pool", pool),
+        Types { table, .. } if !usable(table) => missing("a table", table),
+        Types {
+            gates: Some(gates), ..
+        } if gates != types.float => missing("gates", gates),
+        _ => Ok(()),
+    }
+}
+
+/// The longest vector that divides everything and that the device loads at once.
+fn vector(layout: SlotLayout, types: Types, device: &DeviceProperties) -> usize {
+    let widest = types.float.size().max(types.pool.size());
+    let most =
+        (device.hardware.load_width as usize / (8 * widest)).min(device.hardware.max_vector_size);
+    let divides = |n: &usize| {
+        n.is_power_of_two()
+            && layout.key_width().is_multiple_of(*n)
+            && layout.value_width().is_multiple_of(*n)
+    };
+    (1..=most.min(VECTOR)).rev().find(divides).unwrap_or(1)
+}
+
+fn shape(
+    problem: &DecodeProblem,
+    types: Types,
+    vector: usize,
+    device: &DeviceProperties,
+) -> Result<Shape, Unavailable> {
+    let (layout, hardware) = (problem.layout, &device.hardware);
+    let kv_heads = layout.kv_heads();
+    let heads = problem.heads / kv_heads;
+    let [key_width, value_width, slot_width] =
+        [layout.key_width(), layout.value_width(), layout.width()].map(|width| width / vector);
+    let (tile_width, values_at) = match layout {
+        SlotLayout::Dense { .. } => (2 * key_width, key_width),
+        SlotLayout::Latent { .. } => (key_width, 0),
+    };
+
+    let most_units = UNITS.min(hardware.max_units_per_cube as usize);
+    let units = (heads * value_width)
+        .next_power_of_two()
+        .clamp(32, most_units);
+    let sum_columns = value_width.min(units);
+    let sum_groups = units / sum_columns;
+    let (sum_heads, sum_vectors) = (
+        heads.div_ceil(sum_groups),
+        value_width.div_ceil(sum_columns),
+    );
+    if sum_heads * sum_vectors * vector > SUMS {
+        return Err(Unavailable::Sums {
+            sums: heads * layout.value_width(),
+            limit: units * SUMS,
+        });
+    }
+
+    let available = SHARED_MEMORY.min(hardware.max_shared_memory_size);
+    let plane = plane_size(device);
+    let with_tile = |tile: usize| {
+        let block = BLOCK.min(tile);
+        let tasks = heads * tile / block;
+        let most = key_width.next_power_of_two().min(32);
+        let lanes = (units / tasks.next_power_of_two()).clamp(LANES.min(most), most);
+        let planes = plane > 1 && lanes <= plane;
+        // Without planes a unit of a task's adds up the sums of a slot.
+        let lanes = if planes { lanes } else { lanes.max(block) };
+        let scratch = if planes { units } else { block * units };
+        let floats = scratch + 2 * heads * tile + 2 * heads;
+        let bytes = 4 * floats + tile * tile_width * vector * types.pool.size();
+        (block, lanes, planes, scratch, bytes)
+    };
+    let mut tile = TILE;
+    while tile > 1 && with_tile(tile).4 > available {
+        tile /= 2;
+    }
+    let (block, lanes, planes, scratch, needed) = with_tile(tile);
+    if needed > available {
+        return Err(Unavailable::SharedMemory { needed, available });
+    }
+    Ok(Shape {
+        vector,
+        heads,
+        kv_heads,
+        key_width,
+        value_width,
+        slot_width,
+        tile_width,
+        values_at,
+        gated: types.gates.is_some(),
+        units,
+        tile,
+        block,
+        lanes,
+        planes,
+        scratch,
+        sum_columns,
+        sum_groups,
+        sum_heads,
+        sum_vectors,
+        parts: false,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use cubecl::{
+        features::Features,
+        ir::{HardwareProperties, MemoryDeviceProperties},
+        profile::TimingMethod,
+    };
+
+    /// A device with the default limits of WebGPU and nothing more.
+    fn webgpu() -> DeviceProperties {
+        let hardware = HardwareProperties {
+            load_width: 128,
+            plane_size_min: 32,
+            plane_size_max: 32,
+            max_bindings: 8,
+            max_shared_memory_size: 16 * 1024,
+            max_cube_count: (65_535, 65_535, 65_535),
+            max_units_per_cube: 256,
+            max_cube_dim: (256, 256, 64),
+            num_streaming_multiprocessors: None,
+            num_cpu_cores: None,
+            num_tensor_cores: None,
+            min_tensor_cores_dim: None,
+            max_vector_size: 4,
+        };
+        let memory = MemoryDeviceProperties {
+            max_page_size: 128 << 20,
+            alignment: 256,
+        };
+        let mut device =
+            DeviceProperties::new(Features::default(), memory, hardware, TimingMethod::System);
+        for dtype in [DType::F32, DType::I32] {
+            device.register_type_usage(cubecl::ir::StorageType::from(dtype), TypeUsage::all());
+        }
+        device
+    }
+
+    const TYPES: Types = Types {
+        float: DType::F32,
+        gates: None,
+        pool: DType::F32,
+        table: DType::I32,
+    };
+
+    fn problem(layout: SlotLayout, heads: usize, rows: usize, max_slots: usize) -> DecodeProblem {
+        DecodeProblem {
+            heads,
+            layout,
+            stride: 1,
+            starts: vec![max_slots - 1; rows],
+            max_slots,
+            scale: 1.0,
+        }
+    }
+
+    #[test]
+    fn plans_are_inside_the_limits_of_webgpu() {
+        let mut device = webgpu();
+        for planes in [false, true] {
+            if planes {
+                device.features.plane.insert(Plane::Ops);
+            }
+            for heads in 1..=32 {
+                for width in 1..=128 {
+                    let layouts = [
+                        SlotLayout::Latent {
+                            rank: 4 * width,
+                            rope_dim: 64,
+                        },
+                        SlotLayout::Latent {
+                            rank: width,
+                            rope_dim: 0,
+                        },
+                        SlotLayout::Dense {
+                            kv_heads: 1,
+                            head_dim: width,
+                        },
+                    ];
+                    for layout in layouts {
+                        let problem = problem(layout, heads, 3, 1000);
+                        let plan = DecodePlan::new(&problem, TYPES, &device).unwrap();
+                        let s = plan.shape;
+                        let floats = s.scratch + 2 * s.heads * (s.tile + 1);
+                        let floats = floats + s.tile * s.tile_width * s.vector;
+                        assert!(4 * floats <= 16 * 1024, "{s:?}");
+                        assert!(s.units <= 256 && s.units.is_power_of_two());
+                        assert!(s.tile.is_multiple_of(s.block) && s.units.is_multiple_of(s.lanes));
+                        assert!(s.planes && s.lanes <= 32 || s.scratch >= s.block * s.units);
+                        assert!(s.sum_heads * s.sum_groups >= s.heads);
+                        assert!(s.sum_vectors * s.sum_columns >= s.value_width);
+                        assert!(plan.parts <= 1000);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn few_long_rows_are_divided_and_many_are_not() {
+        let layout = SlotLayout::Latent {
+            rank: 256,
+            rope_dim: 32,
+        };
+        let parts = |rows, max_slots| {
+            let problem = problem(layout, 8, rows, max_slots);
+            DecodePlan::new(&problem, TYPES, &webgpu()).unwrap().parts
+        };
+        assert_eq!(parts(1, 1), 1);
+        assert_eq!(parts(1, 10_000), CUBES * MULTIPROCESSORS);
+        assert_eq!(parts(40, 10_000), CUBES * MULTIPROCESSORS / 40);
+        assert_eq!(parts(500, 10_000), 1);
+    }
+
+    #[test]
+    fn what_a_device_lacks_is_said() {
+        let layout = SlotLayout::Latent {
+            rank: 64,
+            rope_dim: 8,
+        };
+        let problem = problem(layout, 2, 1, 1);
+        let types = Types {
+            pool: DType::F16,
+            ..TYPES
+        };
+        let missing = Unavailable::Type {
+            operand: "a pool",
+            dtype: DType::F16,
+        };
+        assert_eq!(DecodePlan::new(&problem, types, &webgpu()), Err(missing));
+    }
+}

@@ -1,0 +1,612 @@
+//! The CubeCL kernels against the plain form in 64 bits on the host, on fresh random inputs, and which form ran.
+//!
+//! Memory that a kernel is to write is filled with NaN before, and so is everything of a pool that no row holds.
+
+#![cfg(all(feature = "flex", feature = "wgpu"))]
+
+mod common;
+
+use std::{ops::Range, time::Instant};
+
+use burn::tensor::{DType, Distribution, Int, Tensor, TensorData, backend::Backend};
+use burn_autodiff::Autodiff;
+use burn_cubecl::cubecl::Runtime;
+use burn_flex::{Flex, FlexDevice};
+use burn_wgpu::{WgpuDevice, WgpuRuntime};
+use common::{Numbers, values};
+use mtla_core::{
+    attention::AttentionConfig,
+    cache::Cache,
+    ops::{
+        AttentionBackend, DecodeOperands, DecodeProblem, LaunchKind, SlotLayout,
+        cube::{self, KernelError, Planes, Unavailable},
+        launches, plain,
+    },
+    testing::backends::{Wgpu, WgpuBare},
+};
+
+/// Counters and switches are of the whole process, so tests that use them don't run beside others.
+static ALONE: std::sync::Mutex<()> = std::sync::Mutex::new(());
+
+/// With the kernel or not at all, on poisoned memory.
+fn alone() -> std::sync::MutexGuard<'static, ()> {
+    let guard = ALONE
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner);
+    cube::require_kernel(true);
+    cube::poison_outputs(true);
+    cube::use_planes(Planes::Reported);
+    guard
+}
+
+/// A random step and its operands as numbers.
+struct Case {
+    problem: DecodeProblem,
+    q: Vec<f64>,
+    row: Vec<f64>,
+    gates: Option<(usize, Vec<f64>)>,
+    slots: usize,
+    pool: Vec<f64>,
+    table: Vec<i64>,
+}
+
+/// How large cases may be: numbers of the pool, and multiplications.
+struct Size {
+    pool: usize,
+    work: usize,
+}
+
+const SMALL: Size = Size {
+    pool: 200_000,
+    work: 3_000_000,
+};
+const LARGE: Size = Size {
+    pool: 1_500_000,
+    work: 20_000_000,
+};
+
+impl Case {
+    fn new(seed: u64, size: &Size) -> Self {
+        let mut n = Numbers::new(seed);
+        let layout = layout(&mut n);
+        let heads = layout.kv_heads() * pick(&mut n, &[1, 1, 2, 3, 4, 5, 8, 12, 16, 32]);
+        let heads = if heads > 32 { layout.kv_heads() } else { heads };
+        let gated = matches!(layout, SlotLayout::Latent { .. }) && n.below(8) > 0;
+        let stride = if gated { 1 + n.below(5) } else { 1 };
+        let width = layout.width();
+
+        // Long rows are few: all of them together stay within the size.
+        let longest = (4097.0f64.powf(n.below(1000) as f64 / 999.0)) as usize;
+        let longest = longest.min(stride * size.pool / width).max(1);
+        let chunks = longest.div_ceil(stride);
+        let most_rows = (size.work / (chunks * heads * width)).min(size.pool / (chunks * width));
+        let rows = 1 + n.below(50.min(most_rows.max(1)));
+        let starts: Vec<usize> = (0..rows)
+            .map(|row| {
+                if row == 0 {
+                    longest - 1
+                } else {
+                    n.below(longest)
+                }
+            })
+            .collect();
+
+        let (slots, tables) = tables(&mut n, &starts, stride);
+        let max_slots = tables.iter().map(Vec::len).max().unwrap_or(1);
+        let mut pool = vec![f64::NAN; slots * width];
+        for (start, slots) in starts.iter().zip(&tables) {
+            // A slot that is opened now holds what somebody else left there.
+            let held = start.div_ceil(stride);
+            for slot in &slots[..held] {
+                let values = n.normals(width);
+                pool[slot * width..][..width].copy_from_slice(&values);
+            }
+        }
+        let mut table = Vec::new();
+        for (start, slots) in starts.iter().zip(&tables) {
+            table.push(*start as i64);
+            let last = *slots.last().expect("at least the new token's");
+            let filled = slots.iter().chain(std::iter::repeat(&last)).take(max_slots);
+            table.extend(filled.map(|slot| *slot as i64));
+        }
+        let rank = layout.value_width();
+        let gates = gated.then(|| {
+            let lines = chunks + n.below(3);
+            let scale = (rank as f64).powf(-0.5);
+            let values = n.normals(lines * (rank + 1));
+            (lines, values.iter().map(|x| x * scale).collect())
+        });
+        Self {
+            q: n.normals(rows * heads * layout.key_width()),
+            row: n.normals(rows * width),
+            gates,
+            slots,
+            pool,
+            table,
+            problem: DecodeProblem {
+                heads,
+                layout,
+                stride,
+                starts,
+                max_slots,
+                scale: (layout.key_width() as f64).powf(-0.5),
+            },
+        }
+    }
+
+    fn rows(&self) -> usize {
+        self.problem.starts.len()
+    }
+
+    fn operands<B: Backend>(
+        &self,
+        device: &B::Device,
+        [dtype, pool]: [DType; 2],
+    ) -> DecodeOperands<B> {
+        let p = &self.problem;
+        let (rows, width) = (self.rows(), p.layout.width());
+        let gates = self.gates.as_ref().map(|(lines, values)| {
+            tensor(values, [*lines, p.layout.value_width() + 1], device, dtype)
+        });
+        let table = TensorData::new(self.table.clone(), [rows, 1 + p.max_slots]);
+        DecodeOperands {
+            q: tensor(
+                &self.q,
+                [rows, p.heads, p.layout.key_width()],
+                device,
+                dtype,
+            ),
+            row: tensor(&self.row, [rows, width], device, dtype),
+            gates,
+            pool: tensor(&self.pool, [self.slots, width], device, pool),
+            table: Tensor::<B, 2, Int>::from_data(table, device),
+        }
+    }
+
+    /// The operands rounded to these types, computed with in 64 bits.
+    fn expected(&self, types: [DType; 2]) -> Found {
+        let wide = |x: Vec<f64>, dtype| -> Vec<f64> {
+            let n = x.len();
+            TensorData::new(x, [n])
+                .convert_dtype(dtype)
+                .iter::<f64>()
+                .collect()
+        };
+        let rounded = Self {
+            q: wide(self.q.clone(), types[0]),
+            row: wide(self.row.clone(), types[0]),
+            gates: self
+                .gates
+                .as_ref()
+                .map(|(lines, x)| (*lines, wide(x.clone(), types[0]))),
+            pool: wide(self.pool.clone(), types[1]),
+            table: self.table.clone(),
+            problem: self.problem.clone(),
+            slots: self.slots,
+        };
+        let operands = rounded.operands::<Flex>(&FlexDevice, [DType::F64; 2]);
+        found(plain::decode(operands, &self.problem))
+    }
+}
+
+fn pick<T: Copy>(n: &mut Numbers, of: &[T]) -> T {
+    of[n.below(of.len())]
+}
+
+fn layout(n: &mut Numbers) -> SlotLayout {
+    match n.below(4) {
+        0 => SlotLayout::Dense {
+            kv_heads: pick(n, &[1, 2, 3, 4, 8]),
+            head_dim: pick(n, &[7, 16, 30, 32, 64, 128]),
+        },
+        // Widths of every remainder, odd ones too.
+        1 => SlotLayout::Latent {
+            rank: 16 + n.below(200),
+            rope_dim: n.below(65),
+        },
+        _ => SlotLayout::Latent {
+            rank: pick(n, &[16, 32, 64, 128, 192, 256, 384, 512]),
+            rope_dim: pick(n, &[8, 16, 32, 64]),
+        },
+    }
+}
+
+/// Slots of each row, and how many there are in all: rows share a prefix with the one before them or do not, and
+/// slots lie in runs or anywhere. The new token's slot belongs to its row alone.
+fn tables(n: &mut Numbers, starts: &[usize], stride: usize) -> (usize, Vec<Vec<usize>>) {
+    let share = n.below(2) == 1;
+    let mut count = 0;
+    let mut tables: Vec<Vec<usize>> = Vec::new();
+    for start in starts {
+        let length = start / stride + 1;
+        // Completed chunks only: an open slot is copied before it is continued.
+        let prefix: Vec<usize> = match tables.last() {
+            Some(before) if share => {
+                let common = (length - 1).min(before.len() - 1);
+                before[..n.below(common + 1)].to_vec()
+            }
+            _ => Vec::new(),
+        };
+        let own = length - prefix.len();
+        tables.push([prefix, (count..count + own).collect()].concat());
+        count += own;
+    }
+    let slots = count + n.below(20);
+    if n.below(2) == 1 {
+        // A permutation of the pool.
+        let mut place: Vec<usize> = (0..slots).collect();
+        for i in (1..slots).rev() {
+            place.swap(i, n.below(i + 1));
+        }
+        for slot in tables.iter_mut().flatten() {
+            *slot = place[*slot];
+        }
+    }
+    (slots, tables)
+}
+
+fn tensor<B: Backend, const D: usize>(
+    values: &[f64],
+    shape: [usize; D],
+    device: &B::Device,
+    dtype: DType,
+) -> Tensor<B, D> {
+    let data = TensorData::new(values.to_vec(), shape).convert_dtype(dtype);
+    Tensor::from_data(data, (device, dtype))
+}
+
+/// Result and pool.
+type Found = [Vec<f64>; 2];
+
+fn found<B: Backend>((out, pool): (Tensor<B, 3>, Tensor<B, 2>)) -> Found {
+    [values(out), values(pool)]
+}
+
+/// Asserts that results are within `tolerance` of the expected ones, relative to the largest, and that slots nobody
+/// holds are as they were, which is NaN. Returns the largest error.
+#[track_caller]
+fn assert_close(found: &Found, expected: &Found, tolerance: [f64; 2], what: &str) -> f64 {
+    let mut worst = 0.0f64;
+    for (which, (found, expected)) in found.iter().zip(expected).enumerate() {
+        let name = ["result", "pool"][which];
+        assert_eq!(found.len(), expected.len(), "{what}: {name}");
+        let numbers = expected.iter().filter(|x| !x.is_nan());
+        let largest = numbers.fold(1.0, |a: f64, b| a.max(b.abs()));
+        for (i, (a, b)) in found.iter().zip(expected).enumerate() {
+            assert_eq!(
+                a.is_nan(),
+                b.is_nan(),
+                "{what}: {name}[{i}] is {a}, not {b}"
+            );
+            let error = (a - b).abs() / largest;
+            assert!(
+                error <= tolerance[which] || a.is_nan(),
+                "{what}: {name}[{i}] is {a}, not {b}, off by {error:e}"
+            );
+            worst = worst.max(if a.is_nan() { 0.0 } else { error });
+        }
+    }
+    worst
+}
+
+/// Runs cases on a backend and says how many there were.
+fn compare<B: AttentionBackend<Device = WgpuDevice>>(
+    name: &str,
+    seeds: Range<u64>,
+    size: &Size,
+    types: [DType; 2],
+    tolerance: [f64; 2],
+) {
+    let device = WgpuDevice::default();
+    let start = Instant::now();
+    let (mut worst, mut in_parts, mut longest, mut rows) = (0.0f64, 0, 0, 0);
+    for seed in seeds.clone() {
+        let case = Case::new(seed, size);
+        let operands = case.operands::<B>(&device, types);
+        let before = counts();
+        let found = found(B::decode(operands, &case.problem));
+        let [first, second] = counts();
+        assert_eq!(first, before[0] + 1);
+        assert!(second <= before[1] + 1);
+        in_parts += second - before[1];
+        longest = longest.max(case.problem.starts[0] + 1);
+        rows = rows.max(case.rows());
+        let what = format!("{name}, seed {seed}: {:?}", case.problem);
+        let expected = case.expected(types);
+        worst = worst.max(assert_close(&found, &expected, tolerance, &what));
+    }
+    println!(
+        "{name}: {} cases, {in_parts} in parts, up to {longest} tokens and {rows} rows, largest error {worst:.1e}, {:.1?}",
+        seeds.end - seeds.start,
+        start.elapsed(),
+    );
+}
+
+/// Launches of the two kernels.
+fn counts() -> [u64; 2] {
+    [LaunchKind::CubeDecode, LaunchKind::CubeDecodeCombine].map(launches)
+}
+
+const F32: [DType; 2] = [DType::F32; 2];
+/// In 32 bits: results to 1e-5, and a pool, which is written once, to a few roundings.
+const CLOSE: [f64; 2] = [1e-5, 1e-6];
+/// In 16 bits: a result is rounded once, after the new slot was, which moves its score and value.
+const ROUNDED: [f64; 2] = [2e-3, 5e-4];
+
+#[test]
+fn decode_is_the_plain_one() {
+    let _alone = alone();
+    compare::<WgpuBare>("bare", 0..220, &SMALL, F32, CLOSE);
+    compare::<WgpuBare>("bare, large", 1000..1030, &LARGE, F32, CLOSE);
+}
+
+/// Vulkan on the CPU has planes of 8 units, and CubeCL does not report planes of CPUs.
+#[test]
+fn with_and_without_planes_as_well() {
+    let _alone = alone();
+    cube::use_planes(Planes::Never);
+    compare::<WgpuBare>("without planes", 0..30, &SMALL, F32, CLOSE);
+    let client = WgpuRuntime::client(&WgpuDevice::default());
+    println!("planes of {}", client.properties().hardware.plane_size_min);
+    cube::use_planes(Planes::Always);
+    compare::<WgpuBare>("with planes", 0..60, &SMALL, F32, CLOSE);
+}
+
+#[test]
+fn under_fusion_and_autodiff_as_well() {
+    let _alone = alone();
+    compare::<Wgpu>("fusion", 0..60, &SMALL, F32, CLOSE);
+    compare::<Autodiff<WgpuBare>>("autodiff", 60..80, &SMALL, F32, CLOSE);
+    compare::<Autodiff<Wgpu>>("autodiff of fusion", 80..100, &SMALL, F32, CLOSE);
+}
+
+#[test]
+fn half_precision_is_rounded_once() {
+    let _alone = alone();
+    if !WgpuBare::supports_dtype(&WgpuDevice::default(), DType::F16) {
+        println!("this device has no f16");
+        return;
+    }
+    let half = [DType::F16; 2];
+    let pool = [DType::F32, DType::F16];
+    compare::<WgpuBare>("f16", 100..130, &SMALL, half, ROUNDED);
+    compare::<WgpuBare>("f16 pool", 130..150, &SMALL, pool, ROUNDED);
+}
+
+/// A pool that somebody else holds stays as it was.
+#[test]
+fn a_shared_pool_is_copied() {
+    fn on<B: AttentionBackend<Device = WgpuDevice>>() {
+        let case = Case::new(7, &SMALL);
+        let operands = case.operands::<B>(&WgpuDevice::default(), F32);
+        let held = operands.pool.clone();
+        let found = found(B::decode(operands, &case.problem));
+        assert_close(&found, &case.expected(F32), CLOSE, "from a copy");
+        let same = |(a, b): (&f64, &f64)| a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan();
+        assert!(values(held).iter().zip(&case.pool).all(same));
+    }
+    let _alone = alone();
+    on::<WgpuBare>();
+    on::<Wgpu>();
+}
+
+#[test]
+fn what_cannot_be_run_says_why() {
+    let _alone = alone();
+    let device = WgpuDevice::default();
+    let step = |rank: usize, heads: usize| {
+        let layout = SlotLayout::Latent { rank, rope_dim: 8 };
+        Case {
+            q: vec![0.5; heads * layout.key_width()],
+            row: vec![0.25; layout.width()],
+            gates: None,
+            slots: 3,
+            pool: vec![0.125; 3 * layout.width()],
+            table: vec![2, 2, 0, 1],
+            problem: DecodeProblem {
+                heads,
+                layout,
+                stride: 1,
+                starts: vec![2],
+                max_slots: 3,
+                scale: 0.1,
+            },
+        }
+    };
+    let run = |case: &Case, problem: &DecodeProblem| {
+        let operands = case.operands::<WgpuBare>(&device, F32);
+        cube::try_decode(operands, problem).map(found)
+    };
+
+    let many = step(512, 70);
+    let sums = Unavailable::Sums {
+        sums: 70 * 512,
+        limit: 256 * 128,
+    };
+    let found_error = run(&many, &many.problem).err();
+    assert_eq!(found_error, Some(KernelError::Unavailable(sums)));
+    let wide = step(8000, 1);
+    assert!(matches!(
+        run(&wide, &wide.problem),
+        Err(KernelError::Unavailable(Unavailable::SharedMemory { .. }))
+    ));
+    let right = step(16, 2);
+    let wrong = DecodeProblem {
+        max_slots: 4,
+        ..right.problem.clone()
+    };
+    let invalid = run(&right, &wrong);
+    assert!(matches!(invalid, Err(KernelError::Invalid(_))));
+
+    // The plain form runs instead, unless the kernel is required.
+    let decode = || {
+        let operands = many.operands::<WgpuBare>(&device, F32);
+        found(WgpuBare::decode(operands, &many.problem))
+    };
+    let before = counts();
+    assert!(std::panic::catch_unwind(decode).is_err());
+    cube::require_kernel(false);
+    assert_close(&decode(), &many.expected(F32), CLOSE, "the plain form");
+    assert_eq!(counts(), before);
+}
+
+/// Rows that grow a token a step, in slots that were reserved, on the device and on the host.
+struct Stream<B: Backend> {
+    numbers: Numbers,
+    problem: DecodeProblem,
+    /// Slots of a row.
+    room: usize,
+    device: B::Device,
+    gates: Vec<f64>,
+    pool: Option<Tensor<B, 2>>,
+    host: Option<Tensor<Flex, 2>>,
+}
+
+impl<B: AttentionBackend> Stream<B> {
+    fn new(seed: u64, room: usize, device: B::Device) -> Self {
+        let layout = SlotLayout::Latent {
+            rank: 32,
+            rope_dim: 8,
+        };
+        let mut numbers = Numbers::new(seed);
+        let (rows, width) = (3, layout.width());
+        Self {
+            gates: numbers.normals(room * 33),
+            numbers,
+            problem: DecodeProblem {
+                heads: 4,
+                layout,
+                stride: 2,
+                starts: vec![0; rows],
+                max_slots: 1,
+                scale: 0.2,
+            },
+            room,
+            pool: Some(Tensor::zeros([rows * room, width], &device)),
+            host: Some(Tensor::zeros([rows * room, width], &FlexDevice)),
+            device,
+        }
+    }
+
+    fn operands<C: Backend>(
+        &self,
+        [q, row]: [&[f64]; 2],
+        pool: Tensor<C, 2>,
+        device: &C::Device,
+    ) -> DecodeOperands<C> {
+        let p = &self.problem;
+        let rows = p.starts.len();
+        let mut table = Vec::new();
+        for (row, start) in p.starts.iter().enumerate() {
+            table.push(*start as i64);
+            table.extend((0..p.max_slots).map(|slot| (row * self.room + slot) as i64));
+        }
+        let table = TensorData::new(table, [rows, 1 + p.max_slots]);
+        DecodeOperands {
+            q: tensor(q, [rows, p.heads, 40], device, DType::F32),
+            row: tensor(row, [rows, 40], device, DType::F32),
+            gates: Some(tensor(&self.gates, [self.room, 33], device, DType::F32)),
+            pool,
+            table: Tensor::from_data(table, device),
+        }
+    }
+
+    /// A step on both; the results are compared if asked for.
+    fn step(&mut self, look: bool) {
+        self.problem.max_slots = self.problem.starts[0] / 2 + 1;
+        let [q, row] = [3 * 4 * 40, 3 * 40].map(|n| self.numbers.normals(n));
+        let pool = self.pool.take().expect("the step before put it back");
+        let host = self.host.take().expect("the step before put it back");
+        let operands = self.operands::<B>([&q, &row], pool, &self.device);
+        let (out, pool) = B::decode(operands, &self.problem);
+        let operands = self.operands::<Flex>([&q, &row], host, &FlexDevice);
+        let (expected, host) = Flex::decode(operands, &self.problem);
+        if look {
+            let found = [values(out), values(pool.clone())];
+            let expected = [values(expected), values(host.clone())];
+            assert_close(&found, &expected, [1e-5; 2], "a stream");
+        }
+        (self.pool, self.host) = (Some(pool), Some(host));
+        for start in &mut self.problem.starts {
+            *start += 1;
+        }
+    }
+}
+
+#[test]
+fn a_thousand_steps_allocate_nothing_new() {
+    fn on<B: AttentionBackend<Device = WgpuDevice>>(name: &str) {
+        let device = WgpuDevice::default();
+        let mut stream = Stream::<B>::new(1, 500, device.clone());
+        let reserved = || {
+            let usage = WgpuRuntime::client(&device).memory_usage();
+            usage.expect("it can be asked").bytes_reserved
+        };
+        let before = counts();
+        let mut at_100 = 0;
+        for step in 1..=1000 {
+            stream.step(step % 100 == 0);
+            if step == 100 {
+                at_100 = reserved();
+            }
+        }
+        let now = counts();
+        let [first, second] = [0, 1].map(|i| now[i] - before[i]);
+        let at_1000 = reserved();
+        println!(
+            "{name}: 1000 steps, {first} launches and {second} to combine; {at_100} bytes reserved after 100 steps, {at_1000} at the end",
+        );
+        assert_eq!(first, 1000);
+        assert_eq!(at_1000, at_100);
+    }
+    let _alone = alone();
+    cube::poison_outputs(false);
+    on::<WgpuBare>("bare");
+    on::<Wgpu>("fusion");
+}
+
+#[test]
+fn threads_do_not_disturb_each_other() {
+    fn on<B: AttentionBackend<Device = WgpuDevice>>() {
+        std::thread::scope(|scope| {
+            for seed in 0..4 {
+                scope.spawn(move || {
+                    let mut stream = Stream::<B>::new(seed, 40, WgpuDevice::default());
+                    (0..60).for_each(|step| stream.step(step % 7 == seed));
+                    // Under fusion a step runs when somebody looks, and is counted then.
+                    stream.step(true);
+                });
+            }
+        });
+    }
+    let _alone = alone();
+    on::<WgpuBare>();
+    on::<Wgpu>();
+}
+
+/// Every variant decodes by the kernel, with at most two launches a layer and step.
+#[test]
+fn layers_decode_with_the_kernel() {
+    let _alone = alone();
+    let device = WgpuDevice::default();
+    for config in [
+        AttentionConfig::mha(32, 4),
+        AttentionConfig::gqa(32, 4, 2),
+        AttentionConfig::mla(32, 4),
+        AttentionConfig::mtla(32, 4),
+    ] {
+        let attention = config.init::<Wgpu>(&device).expect("a sound configuration");
+        let mut cache = Cache::new(attention.cache_spec(), 1, &device);
+        cache.join(3);
+        let before = counts();
+        for _ in 0..5 {
+            let plan = cache.step(&[0, 1, 2]);
+            let x = Tensor::random([3, 32], Distribution::Default, &device);
+            let y = attention.step(x, &plan, cache.layer_mut(0));
+            assert!(values(y).iter().all(|y| y.is_finite()));
+        }
+        let now = counts();
+        assert_eq!(now[0], before[0] + 5, "{config:?}");
+        assert!(now[1] <= before[1] + 5);
+    }
+}
