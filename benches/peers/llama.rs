@@ -24,6 +24,10 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 /// Tokens of a row after the prompt.
 const FORCED: usize = 6;
 
+fn prompt(row: &[u32]) -> &[u32] {
+    &row[..row.len() - FORCED]
+}
+
 struct Peer {
     llama: Llama<Flex>,
     /// The prompt of each row, and some tokens to go on with.
@@ -49,10 +53,6 @@ impl Peer {
         Ok(Self { llama, rows })
     }
 
-    fn prompt<'r>(&self, row: &'r [u32]) -> &'r [u32] {
-        &row[..row.len() - FORCED]
-    }
-
     /// Writes logits `[1 + FORCED, rows, vocab_size]`.
     fn check(&self, path: &Path) -> anyhow::Result<()> {
         let decoder = &self.llama.decoder;
@@ -63,7 +63,7 @@ impl Peer {
         let prompts: Vec<u32> = self
             .rows
             .iter()
-            .flat_map(|row| self.prompt(row).to_vec())
+            .flat_map(|row| prompt(row).to_vec())
             .collect();
         let prompts = TensorData::new(prompts, [all.len(), length]);
         let prompts = Tensor::<Flex, 2, Int>::from_data(prompts, &FlexDevice);
@@ -85,10 +85,10 @@ impl Peer {
         let mut engine = Engine::new(&self.llama.decoder);
         let config = GenerationConfig::new(new_tokens);
         for row in &self.rows {
-            engine.submit(Request::new(self.prompt(row), config.clone()))?;
+            engine.submit(Request::new(prompt(row), config.clone()))?;
         }
         let start = Instant::now();
-        let mut prefilled = None;
+        let mut begun = None;
         let mut bytes = 0;
         while !engine.is_idle() {
             // The last step gives the cache back.
@@ -99,10 +99,10 @@ impl Peer {
                     .iter()
                     .any(|event| matches!(event.kind, EventKind::Failed(_)))
             );
-            prefilled.get_or_insert_with(|| start.elapsed());
+            begun.get_or_insert_with(Instant::now);
         }
-        let prefill = prefilled.context("no tokens")?;
-        let decode = start.elapsed() - prefill;
+        let begun = begun.context("no tokens")?;
+        let (prefill, decode) = (begun.duration_since(start), begun.elapsed());
         let ms = |time: std::time::Duration| time.as_secs_f64() * 1e3;
         Ok(format!("{} {} {bytes}", ms(prefill), ms(decode)))
     }

@@ -5,6 +5,11 @@
 //! than it saves: here each column is read once, in order, and multiplied with all rows while it is at hand. One
 //! token a row is what decoding does.
 
+#![expect(
+    clippy::inline_always,
+    reason = "all of it has to be part of a function with the machine's vector instructions"
+)]
+
 use pulp::{Simd, WithSimd};
 
 use super::threads::for_each_mut;
