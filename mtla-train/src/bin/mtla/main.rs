@@ -1,5 +1,10 @@
 //! The `mtla` command: continue text with a Llama, convert one to latent attention, look at one.
 
+#![allow(
+    rustdoc::broken_intra_doc_links,
+    reason = "comments on arguments are the text of --help, where brackets are no links"
+)]
+
 mod calibration;
 mod convert;
 mod generate;
