@@ -10,7 +10,7 @@ use mtla_core::{
     attention::{Attention, AttentionInput, CrossAttention, CrossInput},
     backend_tests,
     cache::{Cache, SlotLayout},
-    ops::AttentionBackend,
+    ops::{AttentionBackend, LaunchKind, launches},
     testing::{
         Checks, Golden, golden_root, load_attention, load_cross_attention, names::Access, one_graph,
     },
@@ -35,6 +35,7 @@ fn is_cross(case: &Golden) -> bool {
 
 fn self_attention<B: AttentionBackend>(device: &B::Device) {
     let mut checks = Checks::default();
+    let kernel = kernel_runs::<B>(device);
     let cases: Vec<Golden> = cases().into_iter().filter(|case| !is_cross(case)).collect();
     for case in &cases {
         let mut runner = Runner::<B> {
@@ -47,11 +48,21 @@ fn self_attention<B: AttentionBackend>(device: &B::Device) {
             runner.run(test);
         }
     }
+    kernel();
     checks.finish(&format!(
         "{} cases of self-attention on {}",
         cases.len(),
         B::name(device)
     ));
+}
+
+/// On GPUs there is a kernel for decoding: from now on it has to run, and at the end it has to have.
+fn kernel_runs<B: AttentionBackend>(device: &B::Device) -> impl FnOnce() + use<B> {
+    let on_gpu = B::name(device).contains("cubecl");
+    #[cfg(any(feature = "wgpu", feature = "cuda"))]
+    mtla_core::ops::cube::require_kernel(true);
+    let before = launches(LaunchKind::CubeDecode);
+    move || assert!(launches(LaunchKind::CubeDecode) > before || !on_gpu)
 }
 
 /// Runs the tests of one case.

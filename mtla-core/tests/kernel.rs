@@ -8,17 +8,17 @@ mod common;
 
 use std::{ops::Range, time::Instant};
 
-use burn::tensor::{DType, Distribution, Int, Tensor, TensorData, backend::Backend};
+use burn::tensor::{DType, Distribution, Int, Tensor, TensorData, Tolerance, backend::Backend};
 use burn_autodiff::Autodiff;
 use burn_cubecl::cubecl::Runtime;
 use burn_flex::{Flex, FlexDevice};
 use burn_wgpu::{WgpuDevice, WgpuRuntime};
 use common::{Numbers, values};
 use mtla_core::{
-    attention::AttentionConfig,
+    attention::{AttentionConfig, AttentionInput},
     cache::Cache,
     ops::{
-        AttentionBackend, DecodeOperands, DecodeProblem, LaunchKind, SlotLayout,
+        AttentionBackend, DecodeOperands, DecodeProblem, LaunchKind, ProblemError, SlotLayout,
         cube::{self, KernelError, Planes, Unavailable},
         launches, plain,
     },
@@ -289,14 +289,14 @@ fn assert_close(found: &Found, expected: &Found, tolerance: [f64; 2], what: &str
     worst
 }
 
-/// Runs cases on a backend and says how many there were.
+/// Runs cases on a backend and says how many there were. Returns how many were divided into parts.
 fn compare<B: AttentionBackend<Device = WgpuDevice>>(
     name: &str,
     seeds: Range<u64>,
     size: &Size,
     types: [DType; 2],
     tolerance: [f64; 2],
-) {
+) -> u64 {
     let device = WgpuDevice::default();
     let start = Instant::now();
     let (mut worst, mut in_parts, mut longest, mut rows) = (0.0f64, 0, 0, 0);
@@ -320,6 +320,7 @@ fn compare<B: AttentionBackend<Device = WgpuDevice>>(
         seeds.end - seeds.start,
         start.elapsed(),
     );
+    in_parts
 }
 
 /// Launches of the two kernels.
@@ -336,7 +337,8 @@ const ROUNDED: [f64; 2] = [2e-3, 5e-4];
 #[test]
 fn decode_is_the_plain_one() {
     let _alone = alone();
-    compare::<WgpuBare>("bare", 0..220, &SMALL, F32, CLOSE);
+    let in_parts = compare::<WgpuBare>("bare", 0..220, &SMALL, F32, CLOSE);
+    assert!((20..200).contains(&in_parts), "both ways are taken");
     compare::<WgpuBare>("bare, large", 1000..1030, &LARGE, F32, CLOSE);
 }
 
@@ -347,7 +349,12 @@ fn with_and_without_planes_as_well() {
     cube::use_planes(Planes::Never);
     compare::<WgpuBare>("without planes", 0..30, &SMALL, F32, CLOSE);
     let client = WgpuRuntime::client(&WgpuDevice::default());
-    println!("planes of {}", client.properties().hardware.plane_size_min);
+    let planes = client.properties().hardware.plane_size_min;
+    println!("planes of {planes}");
+    assert!(
+        planes.is_power_of_two() && planes >= 8,
+        "there would be none"
+    );
     cube::use_planes(Planes::Always);
     compare::<WgpuBare>("with planes", 0..60, &SMALL, F32, CLOSE);
 }
@@ -371,6 +378,57 @@ fn half_precision_is_rounded_once() {
     let pool = [DType::F32, DType::F16];
     compare::<WgpuBare>("f16", 100..130, &SMALL, half, ROUNDED);
     compare::<WgpuBare>("f16 pool", 130..150, &SMALL, pool, ROUNDED);
+}
+
+/// A pool that nobody else holds keeps its place in memory, and one that somebody holds does not.
+#[test]
+fn a_pool_of_ones_own_is_written_in_place() {
+    fn place(pool: &Tensor<WgpuBare, 2>) -> String {
+        let pool = pool.clone().into_primitive().tensor();
+        format!("{:?}", (pool.handle.memory, pool.handle.offset_start))
+    }
+    let _alone = alone();
+    let case = Case::new(7, &SMALL);
+    for shared in [false, true] {
+        let operands = case.operands::<WgpuBare>(&WgpuDevice::default(), F32);
+        let before = place(&operands.pool);
+        let held = shared.then(|| operands.pool.clone());
+        let (_, pool) = WgpuBare::decode(operands, &case.problem);
+        assert_eq!(place(&pool) != before, shared);
+        drop(held);
+    }
+}
+
+/// Gates that a dense layout has no use for are left alone, as by the plain form.
+#[test]
+fn dense_slots_are_not_gated() {
+    let _alone = alone();
+    let mut n = Numbers::new(3);
+    let layout = SlotLayout::Dense {
+        kv_heads: 2,
+        head_dim: 16,
+    };
+    let case = Case {
+        q: n.normals(4 * 16),
+        row: n.normals(layout.width()),
+        gates: Some((3, n.normals(3 * 17))),
+        slots: 3,
+        pool: n.normals(3 * layout.width()),
+        table: vec![2, 2, 0, 1],
+        problem: DecodeProblem {
+            heads: 4,
+            layout,
+            stride: 1,
+            starts: vec![2],
+            max_slots: 3,
+            scale: 0.3,
+        },
+    };
+    let found = found(WgpuBare::decode(
+        case.operands::<WgpuBare>(&WgpuDevice::default(), F32),
+        &case.problem,
+    ));
+    assert_close(&found, &case.expected(F32), CLOSE, "dense slots with gates");
 }
 
 /// A pool that somebody else holds stays as it was.
@@ -420,8 +478,9 @@ fn what_cannot_be_run_says_why() {
 
     let many = step(512, 70);
     let sums = Unavailable::Sums {
-        sums: 70 * 512,
-        limit: 256 * 128,
+        // Two groups of 128 units, one for each vector of four: 35 heads each.
+        sums: 35 * 4,
+        limit: 128,
     };
     let found_error = run(&many, &many.problem).err();
     assert_eq!(found_error, Some(KernelError::Unavailable(sums)));
@@ -437,6 +496,17 @@ fn what_cannot_be_run_says_why() {
     };
     let invalid = run(&right, &wrong);
     assert!(matches!(invalid, Err(KernelError::Invalid(_))));
+    let late = DecodeProblem {
+        starts: vec![3],
+        ..right.problem.clone()
+    };
+    let missing = ProblemError::MissingSlots {
+        row: 0,
+        needed: 4,
+        slots: 3,
+    };
+    let found_error = run(&right, &late).err();
+    assert_eq!(found_error, Some(KernelError::Invalid(missing)));
 
     // The plain form runs instead, unless the kernel is required.
     let decode = || {
@@ -584,26 +654,31 @@ fn threads_do_not_disturb_each_other() {
     on::<Wgpu>();
 }
 
-/// Every variant decodes by the kernel, with at most two launches a layer and step.
+/// Every variant decodes by the kernel, with at most two launches a layer and step, as it computes whole sequences.
 #[test]
 fn layers_decode_with_the_kernel() {
     let _alone = alone();
     let device = WgpuDevice::default();
     for config in [
         AttentionConfig::mha(32, 4),
+        AttentionConfig::mqa(32, 4),
         AttentionConfig::gqa(32, 4, 2),
         AttentionConfig::mla(32, 4),
         AttentionConfig::mtla(32, 4),
+        AttentionConfig::mtla(32, 4).with_down_rate(3),
     ] {
         let attention = config.init::<Wgpu>(&device).expect("a sound configuration");
         let mut cache = Cache::new(attention.cache_spec(), 1, &device);
         cache.join(3);
+        let x = Tensor::random([3, 5, 32], Distribution::Default, &device);
+        let whole = attention.forward(AttentionInput::new(x.clone())).context;
         let before = counts();
-        for _ in 0..5 {
+        for step in 0..5 {
             let plan = cache.step(&[0, 1, 2]);
-            let x = Tensor::random([3, 32], Distribution::Default, &device);
-            let y = attention.step(x, &plan, cache.layer_mut(0));
-            assert!(values(y).iter().all(|y| y.is_finite()));
+            let token = |x: &Tensor<Wgpu, 3>| x.clone().narrow(1, step, 1).squeeze_dim::<2>(1);
+            let y = attention.step(token(&x), &plan, cache.layer_mut(0));
+            y.into_data()
+                .assert_approx_eq::<f32>(&token(&whole).into_data(), Tolerance::absolute(1e-5));
         }
         let now = counts();
         assert_eq!(now[0], before[0] + 5, "{config:?}");

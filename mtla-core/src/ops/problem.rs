@@ -61,6 +61,19 @@ pub enum ProblemError {
         /// Tokens given.
         tokens: usize,
     },
+    /// A table has no place for the new token's slot.
+    #[error("row {row} needs a table of {needed} slots, it has {slots}")]
+    MissingSlots {
+        /// The row.
+        row: usize,
+        /// Slots of its tokens, the new one's among them.
+        needed: usize,
+        /// Slots in its table.
+        slots: usize,
+    },
+    /// A pool of no slots.
+    #[error("there is no slot in the pool")]
+    EmptyPool,
     /// Nothing at all is visible: no columns and no self term.
     #[error("there are neither columns nor a self term to attend to")]
     Empty,
@@ -285,6 +298,19 @@ impl DecodeProblem {
         shape("row", &row, &[rows, self.layout.width()])?;
         shape("pool", &pool, &[pool[0], self.layout.width()])?;
         shape("table", &table, &[rows, 1 + self.max_slots])?;
+        for (row, start) in self.starts.iter().enumerate() {
+            let needed = start / self.stride + 1;
+            if needed > self.max_slots {
+                return Err(ProblemError::MissingSlots {
+                    row,
+                    needed,
+                    slots: self.max_slots,
+                });
+            }
+        }
+        if rows > 0 && pool[0] == 0 {
+            return Err(ProblemError::EmptyPool);
+        }
         if let Some(found) = gates {
             let chunks = self.starts.iter().max().map_or(0, |p| p / self.stride + 1);
             let expected = [found[0].max(chunks), self.layout.value_width() + 1];

@@ -11,7 +11,7 @@ use cubecl::prelude::*;
 
 /// `partial [rows, parts, heads, values + 2]` of the decoding kernel to `out [rows, heads, values]`, one vector a
 /// unit.
-#[cube(launch_unchecked)]
+#[cube(launch_unchecked, address_type = "dynamic")]
 pub(super) fn combine_kernel<F: Float, N: Size>(
     partial: &Tensor<Vector<f32, N>>,
     out: &mut Tensor<Vector<F, N>>,

@@ -31,7 +31,7 @@ const LOWEST: f32 = -1e30;
 /// With one part a row, `out` is the result `[rows, heads, values]`; with several, what
 /// [`combine`](super::combine) makes the result of: `[rows, parts, heads, values + 2]`, the last two vectors being
 /// the largest score and the sum of the weights.
-#[cube(launch_unchecked)]
+#[cube(launch_unchecked, address_type = "dynamic")]
 pub(super) fn decode_kernel<F: Float, P: Float, I: Int, O: Float, N: Size>(
     q: &Tensor<Vector<F, N>>,
     row: &Tensor<Vector<F, N>>,

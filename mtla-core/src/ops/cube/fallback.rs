@@ -28,10 +28,12 @@ pub enum Unavailable {
         /// What the device has, or as much of it as the kernel uses.
         available: usize,
     },
-    /// More sums than a cube has registers for.
-    #[error("{sums} sums for the heads of one key, {limit} are possible")]
+    /// More sums than a unit has registers for.
+    #[error(
+        "{sums} sums a unit, {limit} are possible: too many heads share a key, or values are too wide"
+    )]
     Sums {
-        /// Heads that share a key, times the width of values.
+        /// Heads that share a key, times the width of values, divided among the units of a cube.
         sums: usize,
         /// At most so many.
         limit: usize,
@@ -69,13 +71,13 @@ pub fn require_kernel(required: bool) {
 ///
 /// # Panics
 /// If kernels are required.
-pub(super) fn fall_back(operation: &str, reason: &Unavailable) {
+pub(super) fn fall_back(reason: &Unavailable) {
     static SAID: Mutex<Vec<String>> = Mutex::new(Vec::new());
     assert!(
         !REQUIRED.load(Ordering::Relaxed),
-        "{operation}: a kernel is required, and there is none for {reason}"
+        "decode: a kernel is required, and there is none for {reason}"
     );
-    let said = format!("{operation}: no kernel for {reason}; the plain form runs instead");
+    let said = format!("decode: no kernel for {reason}; the plain form runs instead");
     let mut all = SAID.lock().unwrap_or_else(PoisonError::into_inner);
     if !all.contains(&said) {
         log::warn!("{said}");

@@ -16,10 +16,9 @@ use burn_ir::{CustomOpIr, HandleContainer, OperationIr, TensorIr};
 use super::{
     super::{DecodeOperands, DecodeProblem, plain},
     Decoded,
-    fallback::fall_back,
     launch::{Operands, launch},
-    plan,
     plan::DecodePlan,
+    plan_or_fall_back,
 };
 
 pub(in super::super) fn decode<R, F, I, BT>(
@@ -32,13 +31,8 @@ where
     I: IntElement,
     BT: BoolElement,
 {
-    operands.check(problem);
-    let plan = match plan::<R, _>(&operands, problem) {
-        Ok(plan) => plan,
-        Err(reason) => {
-            fall_back("decode", &reason);
-            return plain::decode(operands, problem);
-        }
+    let Some(plan) = plan_or_fall_back::<R, _>(&operands, problem) else {
+        return plain::decode(operands, problem);
     };
     let [rows, heads, _] = operands.q.dims();
     let out_shape = Shape::from([rows, heads, problem.layout.value_width()]);

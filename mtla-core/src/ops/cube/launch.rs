@@ -3,7 +3,12 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use burn::tensor::{DType, Shape};
-use burn_cubecl::{CubeRuntime, cubecl, kernel::into_contiguous, tensor::CubeTensor};
+use burn_cubecl::{
+    CubeRuntime, cubecl,
+    kernel::into_contiguous,
+    ops::numeric::{empty_device_contiguous_dtype, full_device_dtype},
+    tensor::CubeTensor,
+};
 use cubecl::{calculate_cube_count_elemwise, prelude::*};
 
 use super::{
@@ -39,6 +44,7 @@ pub(super) fn launch<R: CubeRuntime>(
     } = *plan;
     let (client, device) = (q.client.clone(), q.device.clone());
     let pool = own(into_contiguous(pool));
+    let address = pool.required_address_type();
     let (heads, width) = (
         shape.heads * shape.kv_heads,
         shape.value_width * shape.vector,
@@ -61,6 +67,7 @@ pub(super) fn launch<R: CubeRuntime>(
             &client,
             cubes,
             CubeDim::new_1d(shape.units as u32),
+            address,
             shape.vector,
             into_contiguous(q).into_tensor_arg(),
             into_contiguous(row).into_tensor_arg(),
@@ -91,6 +98,7 @@ pub(super) fn launch<R: CubeRuntime>(
                 &client,
                 calculate_cube_count_elemwise(&client, vectors, units),
                 units,
+                partial.required_address_type(),
                 shape.vector,
                 partial.into_tensor_arg(),
                 out.clone().into_tensor_arg(),
@@ -102,12 +110,13 @@ pub(super) fn launch<R: CubeRuntime>(
     (out, pool)
 }
 
-/// A tensor that can be written to: itself, or a copy where its memory is shared.
+/// A tensor that can be written to: itself, or a copy where its memory is shared. Rows lie one after the other in
+/// both, which not every device does by itself.
 fn own<R: CubeRuntime>(x: CubeTensor<R>) -> CubeTensor<R> {
     if x.can_mut() && x.is_nonoverlapping() {
         x
     } else {
-        x.copy()
+        into_contiguous(x.copy())
     }
 }
 
@@ -125,15 +134,10 @@ fn empty<R: CubeRuntime>(
     shape: Shape,
     dtype: DType,
 ) -> CubeTensor<R> {
+    let (client, device) = (client.clone(), device.clone());
     if POISON.load(Ordering::Relaxed) {
-        let nan = burn_cubecl::ops::numeric::full_device_dtype;
-        return nan(
-            client.clone(),
-            shape,
-            device.clone(),
-            InputScalar::new(f32::NAN, dtype),
-            dtype,
-        );
+        let nan = InputScalar::new(f32::NAN, dtype);
+        return into_contiguous(full_device_dtype(client, shape, device, nan, dtype));
     }
-    burn_cubecl::ops::numeric::empty_device_dtype(client.clone(), device.clone(), shape, dtype)
+    empty_device_contiguous_dtype(client, device, shape, dtype)
 }

@@ -57,13 +57,9 @@ where
     I: IntElement,
     BT: BoolElement,
 {
-    operands.check(problem);
-    match plan::<R, _>(&operands, problem) {
-        Ok(plan) => run(operands, &plan),
-        Err(reason) => {
-            fallback::fall_back("decode", &reason);
-            plain::decode(operands, problem)
-        }
+    match plan_or_fall_back::<R, _>(&operands, problem) {
+        Some(plan) => run(operands, &plan),
+        None => plain::decode(operands, problem),
     }
 }
 
@@ -75,11 +71,26 @@ fn plan<R: CubeRuntime, B: Backend<Device = R::Device>>(
 ) -> Result<DecodePlan, Unavailable> {
     let types = Types {
         float: operands.q.dtype(),
+        row: operands.row.dtype(),
         gates: operands.gates.as_ref().map(Tensor::dtype),
         pool: operands.pool.dtype(),
         table: operands.table.dtype(),
     };
     DecodePlan::new(problem, types, R::client(&operands.q.device()).properties())
+}
+
+/// Where there is no plan, the plain form is to run, and that has been said.
+///
+/// # Panics
+/// If the operands do not fit the problem, or a kernel is required and there is none.
+fn plan_or_fall_back<R: CubeRuntime, B: Backend<Device = R::Device>>(
+    operands: &DecodeOperands<B>,
+    problem: &DecodeProblem,
+) -> Option<DecodePlan> {
+    operands.check(problem);
+    plan::<R, _>(operands, problem)
+        .inspect_err(fallback::fall_back)
+        .ok()
 }
 
 fn run<R, F, I, BT>(

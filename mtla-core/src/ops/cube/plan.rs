@@ -104,8 +104,10 @@ pub(super) struct Shape {
 /// The element types of a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Types {
-    /// Queries, new rows and results.
+    /// Queries and results.
     pub(super) float: DType,
+    /// New rows, and gates: as queries, or there is no kernel.
+    pub(super) row: DType,
     pub(super) gates: Option<DType>,
     pub(super) pool: DType,
     pub(super) table: DType,
@@ -162,6 +164,7 @@ fn check_types(types: Types, device: &DeviceProperties) -> Result<(), Unavailabl
     let missing = |operand, dtype| Err(Unavailable::Type { operand, dtype });
     match types {
         Types { float: dtype, .. } if !float(dtype) => missing("queries", dtype),
+        Types { row, .. } if row != types.float => missing("new rows", row),
         Types { pool, .. } if !float(pool) => missing("a pool", pool),
         Types { table, .. } if !usable(table) => missing("a table", table),
         Types {
@@ -210,11 +213,9 @@ fn shape(
         heads.div_ceil(sum_groups),
         value_width.div_ceil(sum_columns),
     );
-    if sum_heads * sum_vectors * vector > SUMS {
-        return Err(Unavailable::Sums {
-            sums: heads * layout.value_width(),
-            limit: units * SUMS,
-        });
+    let sums = sum_heads * sum_vectors * vector;
+    if sums > SUMS {
+        return Err(Unavailable::Sums { sums, limit: SUMS });
     }
 
     let available = SHARED_MEMORY.min(hardware.max_shared_memory_size);
@@ -249,7 +250,7 @@ fn shape(
         slot_width,
         tile_width,
         values_at,
-        gated: types.gates.is_some(),
+        gated: types.gates.is_some() && matches!(layout, SlotLayout::Latent { .. }),
         units,
         tile,
         block,
@@ -304,6 +305,7 @@ mod tests {
 
     const TYPES: Types = Types {
         float: DType::F32,
+        row: DType::F32,
         gates: None,
         pool: DType::F32,
         table: DType::I32,
@@ -385,14 +387,28 @@ mod tests {
             rope_dim: 8,
         };
         let problem = problem(layout, 2, 1, 1);
-        let types = Types {
-            pool: DType::F16,
-            ..TYPES
-        };
-        let missing = Unavailable::Type {
-            operand: "a pool",
-            dtype: DType::F16,
-        };
-        assert_eq!(DecodePlan::new(&problem, types, &webgpu()), Err(missing));
+        let half = DType::F16;
+        let lacking = [
+            (
+                "a pool",
+                Types {
+                    pool: half,
+                    ..TYPES
+                },
+            ),
+            ("new rows", Types { row: half, ..TYPES }),
+            (
+                "gates",
+                Types {
+                    gates: Some(half),
+                    ..TYPES
+                },
+            ),
+        ];
+        for (operand, types) in lacking {
+            let dtype = half;
+            let missing = Unavailable::Type { operand, dtype };
+            assert_eq!(DecodePlan::new(&problem, types, &webgpu()), Err(missing));
+        }
     }
 }
