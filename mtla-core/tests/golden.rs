@@ -35,7 +35,7 @@ fn is_cross(case: &Golden) -> bool {
 
 fn self_attention<B: AttentionBackend>(device: &B::Device) {
     let mut checks = Checks::default();
-    let kernel = kernel_runs::<B>(device);
+    let own_forms_ran = own_forms_run::<B>(device);
     let cases: Vec<Golden> = cases().into_iter().filter(|case| !is_cross(case)).collect();
     for case in &cases {
         let mut runner = Runner::<B> {
@@ -48,7 +48,7 @@ fn self_attention<B: AttentionBackend>(device: &B::Device) {
             runner.run(test);
         }
     }
-    kernel();
+    own_forms_ran();
     checks.finish(&format!(
         "{} cases of self-attention on {}",
         cases.len(),
@@ -56,13 +56,29 @@ fn self_attention<B: AttentionBackend>(device: &B::Device) {
     ));
 }
 
-/// On GPUs there is a kernel for decoding: from now on it has to run, and at the end it has to have.
-fn kernel_runs<B: AttentionBackend>(device: &B::Device) -> impl FnOnce() + use<B> {
-    let on_gpu = B::name(device).contains("cubecl");
+/// The backend's own forms of the operations have run when what this returns is called. Where there is a kernel it has
+/// to run from now on.
+fn own_forms_run<B: AttentionBackend>(device: &B::Device) -> impl FnOnce() + use<B> {
     #[cfg(any(feature = "wgpu", feature = "cuda"))]
     mtla_core::ops::cube::require_kernel(true);
-    let before = launches(LaunchKind::CubeDecode);
-    move || assert!(launches(LaunchKind::CubeDecode) > before || !on_gpu)
+    let name = B::name(device);
+    let forms: &[_] = if name.contains("cubecl") {
+        &[LaunchKind::CubeDecode]
+    } else if name.contains("flex") {
+        &[
+            LaunchKind::HostAttend,
+            LaunchKind::HostAttendBackward,
+            LaunchKind::HostDecode,
+        ]
+    } else {
+        &[]
+    };
+    let before: Vec<u64> = forms.iter().map(|form| launches(*form)).collect();
+    move || {
+        for (form, before) in forms.iter().zip(before) {
+            assert!(launches(*form) > before, "{form:?} has not run on {name}");
+        }
+    }
 }
 
 /// Runs the tests of one case.
@@ -108,8 +124,20 @@ impl<B: AttentionBackend> Runner<'_, B> {
         self.case.integers(name.split('[').next().expect("a name"))
     }
 
-    /// `forward` on whole sequences: outputs, gradients, weights.
+    /// `forward` on whole sequences, in both forms.
     fn whole(&mut self, name: &str, test: &Value) {
+        for wants_weights in [false, true] {
+            self.forward(name, test, wants_weights);
+        }
+        if let Some(padding) = test["key_padding_mask"].as_str() {
+            let queries = self.tensor::<3>(text(test, "output")).dims()[1];
+            self.padded_rows_equal_rows_alone(name, padding, queries);
+        }
+    }
+
+    /// Output, gradients and, if they are wanted, weights: those who want them or bring a mask get the plain form. A
+    /// causal mask is left out where it can be: it says what holds anyway.
+    fn forward(&mut self, name: &str, test: &Value, wants_weights: bool) {
         let case = self.case;
         let device = self.device.clone();
         let mut attention = load_attention::<Autodiff<B>>(case, &device);
@@ -117,13 +145,12 @@ impl<B: AttentionBackend> Runner<'_, B> {
         let expected = case.tensor::<B, 3>(text(test, "output"), &device);
         let (queries, tokens) = (expected.dims()[1], x.dims()[1]);
         let query = x.clone().narrow(1, tokens - queries, queries);
-        let mut input = AttentionInput::new(query)
-            .with_positions(self.positions(test, "position"))
-            .with_weights();
+        let mut input = AttentionInput::new(query).with_positions(self.positions(test, "position"));
         if queries < tokens {
             input = input.with_keys(x.clone());
         }
-        if let Some(mask) = test["self_attn_mask"].as_str() {
+        let mask = test["self_attn_mask"].as_str();
+        if let Some(mask) = mask.filter(|mask| wants_weights || !mask.starts_with("mask.causal.")) {
             let mask: Tensor<Autodiff<B>, 2> = case.tensor(mask, &device);
             input = input.with_mask(mask.unsqueeze());
         }
@@ -131,34 +158,31 @@ impl<B: AttentionBackend> Runner<'_, B> {
         if let Some(mask) = padding {
             input = input.with_key_padding_mask(case.mask(mask, &device));
         }
+        if wants_weights {
+            input = input.with_weights();
+        }
         let _alone = one_graph();
         let out = attention.forward(input);
 
         let keep = padding.map(|mask| self.valid_queries(mask, queries));
-        let (found, golden) = match &keep {
-            Some(keep) => (
-                pick(out.context.clone().inner(), keep),
-                pick(expected.clone(), keep),
-            ),
-            None => (
-                out.context.clone().inner().flatten(0, 1),
-                expected.clone().flatten(0, 1),
-            ),
+        let valid = |x: Tensor<B, 3>| match &keep {
+            Some(keep) => pick(x, keep),
+            None => x.flatten(0, 1),
         };
-        let golden: Vec<f32> = golden.into_data().iter::<f32>().collect();
-        self.close(name, found.into_data(), &golden);
+        let golden: Vec<f32> = valid(expected).into_data().iter::<f32>().collect();
+        self.close(
+            name,
+            valid(out.context.clone().inner()).into_data(),
+            &golden,
+        );
         let weights = format!("{name}.attn_weights");
-        if case.has(&weights) {
+        if wants_weights && case.has(&weights) {
             let mut found = out.weights.expect("asked for").inner();
             if case.json["tensors"][&weights]["doc"] == "[B,Tq,H,Tk]" {
                 found = found.swap_dims(1, 2);
             }
             self.equals_tensor(&weights, found.into_data(), &weights);
         }
-        if let Some(padding) = padding {
-            self.padded_rows_equal_rows_alone(name, padding, queries);
-        }
-
         let cotangent = format!("{name}.cotangent");
         if case.has(&cotangent) {
             let cotangent: Tensor<Autodiff<B>, 3> = case.tensor(&cotangent, &device);

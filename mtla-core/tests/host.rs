@@ -241,74 +241,65 @@ fn attention_is_the_plain_one() {
     }
 }
 
-/// In 16 bits the operands are rounded and nothing else is until the end: the result is that of 32 bits from
-/// the rounded operands, rounded.
+/// In 16 bits the operands are rounded and nothing else is until the end: results and gradients are those of 32 bits
+/// from the rounded operands, rounded. The backward pass is given the result rounded, which counts once more.
 #[test]
 fn half_precision_accumulates_in_32_bits() {
     let _alone = alone();
-    for (dtype, half, unit) in [
-        (DType::F16, FloatDType::F16, 2.0f64.powi(-11)),
-        (DType::BF16, FloatDType::BF16, 2.0f64.powi(-8)),
+    for (dtype, unit) in [
+        (FloatDType::F16, 2.0f64.powi(-11)),
+        (FloatDType::BF16, 2.0f64.powi(-8)),
     ] {
-        check(12, any::<u64>(), |seed| {
-            let mut case = Case::new(seed, Form::Tokens, false);
-            let single = case.operands(DType::F32).inner_rounded(half);
-            let narrow = single.clone().cast(half);
-            assert_eq!(narrow.q.dtype(), dtype);
-            let found = Flex::attend(narrow, &case.problem);
-            assert_eq!(found.dtype(), dtype);
-            let counts = case.counts(DType::F32).inner();
-            let expected = plain::attend(single, &case.problem);
-            let masked = |x: Tensor<Flex, 4>| values(x.clone() * counts.clone().expand(x.shape()));
-            let found = masked(found.cast(FloatDType::F32));
-            assert_close(
-                &[found],
-                &[masked(expected)],
-                1.01 * unit + 1e-5,
-                "rounded once",
-            );
-        });
-    }
-}
-
-trait Convert {
-    fn inner_rounded(self, to: FloatDType) -> AttendOperands<Flex>;
-}
-
-impl Convert for AttendOperands<Train> {
-    fn inner_rounded(self, to: FloatDType) -> AttendOperands<Flex> {
-        let round = |x: Tensor<Train, 4>| x.inner().cast(to).cast(FloatDType::F32);
-        let Keys::Tokens(kv) = self.keys else {
-            unreachable!()
-        };
-        AttendOperands {
-            q: round(self.q),
-            keys: Keys::Tokens(KeyValue {
-                k: round(kv.k),
-                shared: kv.shared.map(round),
-                v: round(kv.v),
-            }),
+        for form in [Form::Tokens, Form::Columns, Form::Prefix] {
+            for dropout in [false, true] {
+                check(6, any::<u64>(), |seed| {
+                    let mut case = Case::new(seed, form, dropout);
+                    let narrow = |x: Tensor<Train, 4>| x.inner().cast(dtype);
+                    let leaf = |x| Tensor::<Train, 4>::from_inner(x).require_grad();
+                    let wide = |x: Tensor<Train, 4>| leaf(narrow(x).cast(FloatDType::F32));
+                    let operands = case.operands(DType::F32);
+                    let p = &case.problem;
+                    let shape = [p.batch, p.heads, p.queries, p.value_width];
+                    let cotangent = case.draw(shape, DType::F32);
+                    let [narrow, wide] = [&|x| leaf(narrow(x)), &wide as &dyn Fn(_) -> _].map(
+                        |f: &dyn Fn(Tensor<Train, 4>) -> Tensor<Train, 4>| {
+                            (map(&operands, f), f(cotangent.clone()).detach())
+                        },
+                    );
+                    assert_eq!(narrow.0.q.dtype(), dtype.into());
+                    let before = launches(LaunchKind::HostAttendBackward);
+                    let found = run(&narrow.0, &mut case, Train::attend, &narrow.1);
+                    assert!(launches(LaunchKind::HostAttendBackward) > before);
+                    let expected = run(&wide.0, &mut case, plain::attend, &wide.1);
+                    let what = format!("{dtype:?} {:?}", case.problem);
+                    let (y, gradients) = (1.01 * unit + 1e-5, 2.0 * unit + 1e-5);
+                    assert_close(&found[..1], &expected[..1], y, &what);
+                    assert_close(&found[1..], &expected[1..], gradients, &what);
+                });
+            }
         }
     }
 }
 
-trait Cast {
-    fn cast(self, to: FloatDType) -> Self;
-}
-
-impl Cast for AttendOperands<Flex> {
-    fn cast(self, to: FloatDType) -> Self {
-        let Keys::Tokens(kv) = self.keys else {
-            unreachable!()
-        };
-        AttendOperands {
-            q: self.q.cast(to),
-            keys: Keys::Tokens(KeyValue {
-                k: kv.k.cast(to),
-                shared: kv.shared.map(|x| x.cast(to)),
-                v: kv.v.cast(to),
-            }),
-        }
+/// The operands with `f` of each tensor.
+fn map(
+    operands: &AttendOperands<Train>,
+    f: &dyn Fn(Tensor<Train, 4>) -> Tensor<Train, 4>,
+) -> AttendOperands<Train> {
+    let pair = |kv: &KeyValue<Train>| KeyValue {
+        k: f(kv.k.clone()),
+        shared: kv.shared.clone().map(f),
+        v: f(kv.v.clone()),
+    };
+    AttendOperands {
+        q: f(operands.q.clone()),
+        keys: match &operands.keys {
+            Keys::Tokens(kv) => Keys::Tokens(pair(kv)),
+            Keys::Columns { columns, own } => Keys::Columns {
+                columns: columns.as_ref().map(pair),
+                own: own.as_ref().map(pair),
+            },
+        },
     }
 }
 
