@@ -89,25 +89,34 @@ pub(super) fn launch<R: CubeRuntime>(
         );
     }
     if let Some(partial) = partial {
-        let vectors = rows * heads * shape.value_width;
-        let units = CubeDim::new(&client, vectors);
-        launches::count(LaunchKind::CubeDecodeCombine);
-        // SAFETY: there is a unit for each vector of `out`, and `partial` was made for it above.
-        unsafe {
-            combine_kernel::launch_unchecked::<R>(
-                &client,
-                calculate_cube_count_elemwise(&client, vectors, units),
-                units,
-                partial.required_address_type(),
-                shape.vector,
-                partial.into_tensor_arg(),
-                out.clone().into_tensor_arg(),
-                shape.value_width,
-                types.float.into(),
-            );
-        }
+        combine(partial, &out, plan);
     }
     (out, pool)
+}
+
+/// Puts the parts of every row together into `out`.
+fn combine<R: CubeRuntime>(partial: CubeTensor<R>, out: &CubeTensor<R>, plan: &DecodePlan) {
+    let DecodePlan {
+        shape, types, rows, ..
+    } = *plan;
+    let client = &out.client;
+    let vectors = rows * shape.heads * shape.kv_heads * shape.value_width;
+    let units = CubeDim::new(client, vectors);
+    launches::count(LaunchKind::CubeDecodeCombine);
+    // SAFETY: there is a unit for each vector of `out`, and `partial` has all parts of each.
+    unsafe {
+        combine_kernel::launch_unchecked::<R>(
+            client,
+            calculate_cube_count_elemwise(client, vectors, units),
+            units,
+            partial.required_address_type(),
+            shape.vector,
+            partial.into_tensor_arg(),
+            out.clone().into_tensor_arg(),
+            shape.value_width,
+            types.float.into(),
+        );
+    }
 }
 
 /// A tensor that can be written to: itself, or a copy where its memory is shared. Rows lie one after the other in
