@@ -88,6 +88,37 @@ fn a_model_is_fetched_once_and_only_what_is_of_use() {
     assert_eq!(server.requests().len(), 0);
 }
 
+/// What is fetched is a model that computes what it computes where it came from.
+#[cfg(all(feature = "files", feature = "flex"))]
+#[test]
+fn a_model_is_fetched_and_loaded() {
+    use burn::tensor::{Int, Tensor};
+    use burn_flex::{Flex, FlexDevice};
+    use mtla_models::{decoder::DecoderInput, llama::Llama};
+
+    let fixture = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/llama_mtla/s2");
+    let files: Vec<(String, Vec<u8>)> = fs::read_dir(fixture)
+        .unwrap()
+        .map(|entry| {
+            let path = entry.unwrap().path();
+            let name = path.file_name().unwrap().to_str().unwrap().to_owned();
+            (name, fs::read(path).unwrap())
+        })
+        .collect();
+    let served: Vec<(&str, &[u8])> = files.iter().map(|(n, b)| (&**n, &**b)).collect();
+    let server = Server::start(&served);
+    let (hub, _cache) = hub(&server);
+    let source = ModelSource::parse("hub:owner/tiny").unwrap();
+    let fetched = source.resolve_with(&hub).unwrap();
+    let logits = [Path::new(fixture), &fetched].map(|directory| {
+        let llama = Llama::<Flex>::from_pretrained(directory, &FlexDevice).unwrap();
+        let ids = Tensor::<Flex, 2, Int>::from_data([[1, 5, 9, 250, 17]], &FlexDevice);
+        llama.decoder.forward(DecoderInput::new(ids)).into_data()
+    });
+    assert_eq!(logits[0], logits[1]);
+    assert!(logits[0].iter::<f32>().any(|x| x.abs() > 1e-3));
+}
+
 #[test]
 fn progress_is_told() {
     let server = server();

@@ -4,7 +4,10 @@
 
 use std::{
     alloc::{GlobalAlloc, Layout, System},
-    sync::atomic::{AtomicUsize, Ordering::Relaxed},
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
 };
 
 use burn::{module::Module, tensor::DType};
@@ -34,8 +37,61 @@ unsafe impl GlobalAlloc for Counting {
     }
 }
 
+/// What is allocated is counted for the whole process: one test at a time.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
+
+/// A header that is nonsense takes no more memory than the file has a right to.
+#[test]
+fn hostile_headers_take_little() {
+    let _alone = alone();
+    let folder = tempfile::tempdir().unwrap();
+    let config = LlamaConfig {
+        vocab_size: 10,
+        hidden_size: 8,
+        intermediate_size: 8,
+        num_hidden_layers: 1,
+        num_attention_heads: 2,
+        ..LlamaConfig::default()
+    };
+    let llama = Llama::<Flex>::new(config, &FlexDevice).unwrap();
+    llama.save_pretrained(folder.path()).unwrap();
+    let entry = |name: String, shape: &str| {
+        format!("\"{name}\": {{\"dtype\": \"F32\", \"shape\": {shape}, \"data_offsets\": [0, 0]}}")
+    };
+    let many: Vec<String> = (0..50_000).map(|i| entry(format!("t{i}"), "[0]")).collect();
+    let huge = entry("a".into(), "[1099511627776, 1048576]");
+    let headers = [
+        (u64::MAX, String::new()),
+        (1 << 40, "{".repeat(1000)),
+        (0, format!("{{{huge}}}")),
+        (0, "[".repeat(1_000_000)),
+        (0, format!("{{{}}}", many.join(","))),
+    ];
+    for (length, header) in headers {
+        let length = if length == 0 {
+            header.len() as u64
+        } else {
+            length
+        };
+        let bytes = [&length.to_le_bytes()[..], header.as_bytes()].concat();
+        std::fs::write(folder.path().join("model.safetensors"), &bytes).unwrap();
+        let load = || Llama::<Flex>::from_pretrained(folder.path(), &FlexDevice).map(drop);
+        let (refused, allocated) = peak(load);
+        assert!(refused.is_err());
+        let allowed = 1_000_000 + 8 * bytes.len();
+        println!("{allocated} bytes for a file of {}", bytes.len());
+        assert!(
+            allocated < allowed,
+            "{allocated} bytes, {allowed} are allowed"
+        );
+    }
+}
 
 /// The most that was allocated at once during a call, beyond what was there before.
 fn peak<T>(work: impl FnOnce() -> T) -> (T, usize) {
@@ -47,6 +103,7 @@ fn peak<T>(work: impl FnOnce() -> T) -> (T, usize) {
 
 #[test]
 fn loading_takes_little_more_than_the_weights() {
+    let _alone = alone();
     let device = FlexDevice;
     let config = LlamaConfig {
         vocab_size: 3000,

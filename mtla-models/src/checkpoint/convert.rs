@@ -134,7 +134,7 @@ mod tests {
                 let again = read(weight, layout, dtype).unwrap();
                 again.assert_eq(&data, true);
                 let as_it_is = read(weight, Layout::Transposed, dtype).unwrap();
-                assert_eq!(as_it_is.as_bytes().len(), bytes.len());
+                assert_eq!(as_it_is.as_bytes(), &bytes[..]);
                 assert_eq!(&as_it_is.shape[..], shape);
             }
         }

@@ -91,16 +91,28 @@ fn python_loads_what_is_saved_here() {
     let Some(python) = python() else { return };
     let mut checks = Checks::default();
     for (name, config) in ours() {
-        for shard_bytes in [u64::MAX, 4000] {
+        let llama = llama(config.clone());
+        for (dtype, shard_bytes) in [
+            (DType::F32, u64::MAX),
+            (DType::F32, 4000),
+            (DType::F16, u64::MAX),
+            (DType::BF16, u64::MAX),
+        ] {
             let folder = tempdir().unwrap();
-            let llama = llama(config.clone());
             let options = SaveOptions {
-                dtype: Some(DType::F32),
+                dtype: Some(dtype),
                 shard_bytes,
             };
             llama.save_pretrained_with(folder.path(), &options).unwrap();
             run(&python, &["logits"], folder.path());
-            compare(name, &llama, folder.path(), &mut checks);
+            if dtype == DType::F32 {
+                compare(name, &llama, folder.path(), &mut checks);
+            } else {
+                // The numbers of the file, in 32 bits on both sides.
+                let rounded = Llama::from_pretrained(folder.path(), &FlexDevice).unwrap();
+                let what = format!("{name} in {dtype:?}");
+                compare(&what, &rounded, folder.path(), &mut checks);
+            }
         }
     }
     checks.finish("checkpoints of ours in Python");

@@ -9,34 +9,15 @@ use burn::{
 use burn_flex::{Flex, FlexDevice};
 use mtla_models::{
     decoder::Decoder,
-    llama::{LatentSizes, Llama, LlamaConfig},
+    llama::{Llama, LlamaConfig},
 };
 
 use crate::common;
+pub(crate) use crate::common::llama as config;
 
-/// Two layers of width 24.
-pub(crate) fn config() -> LlamaConfig {
-    LlamaConfig {
-        vocab_size: common::VOCAB,
-        hidden_size: 24,
-        intermediate_size: 20,
-        num_hidden_layers: 2,
-        num_attention_heads: 3,
-        max_position_embeddings: 64,
-        ..LlamaConfig::default()
-    }
-}
-
-/// The same with MTLA and a low-rank query; no two of its sizes are equal, nor is a head as wide as in the Llama.
+/// The same with MTLA.
 pub(crate) fn mtla() -> LlamaConfig {
-    let sizes = LatentSizes {
-        q_lora_rank: 10,
-        kv_lora_rank: 12,
-        qk_nope_head_dim: 14,
-        qk_rope_head_dim: 4,
-        v_head_dim: 6,
-    };
-    config().with_mtla(sizes, 2).unwrap()
+    config().with_mtla(common::latent_sizes(), 2).unwrap()
 }
 
 /// A Llama of which no parameter is at its start.

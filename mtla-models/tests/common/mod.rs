@@ -9,7 +9,10 @@ use burn::{
     tensor::{Int, Tensor, TensorData, backend::Backend},
 };
 use mtla_core::attention::AttentionConfig;
-use mtla_models::decoder::{Decoder, DecoderConfig, FeedForwardKind, NormKind};
+use mtla_models::{
+    decoder::{Decoder, DecoderConfig, FeedForwardKind, NormKind},
+    llama::{LatentSizes, LlamaConfig},
+};
 use rand_chacha::{
     ChaCha8Rng,
     rand_core::{Rng, SeedableRng},
@@ -25,12 +28,13 @@ pub(crate) fn variants() -> Vec<AttentionConfig> {
         AttentionConfig::gqa(16, 4, 2),
         AttentionConfig::mla(16, 4),
         AttentionConfig::mtla(16, 4),
+        AttentionConfig::mtla(16, 4).with_down_rate(1),
         AttentionConfig::mtla(16, 4).with_down_rate(3),
     ]
 }
 
-/// A small decoder of every attention variant, and one of the other kinds of norm, feed-forward network
-/// and head.
+/// A small decoder of every attention variant, one of the other kinds of norm, feed-forward network and head, and
+/// Llamas of each kind.
 pub(crate) fn configs() -> Vec<DecoderConfig> {
     let mut configs: Vec<DecoderConfig> = variants()
         .into_iter()
@@ -41,7 +45,38 @@ pub(crate) fn configs() -> Vec<DecoderConfig> {
             .with_norm(NormKind::RmsNorm)
             .with_feed_forward(FeedForwardKind::SwiGlu),
     );
+    let llamas = [
+        llama(),
+        llama().with_mla(latent_sizes()).unwrap(),
+        llama().with_mtla(latent_sizes(), 1).unwrap(),
+        llama().with_mtla(latent_sizes(), 2).unwrap(),
+    ];
+    configs.extend(llamas.map(|llama| llama.decoder().unwrap()));
     configs
+}
+
+/// A Llama of two layers of width 24.
+pub(crate) fn llama() -> LlamaConfig {
+    LlamaConfig {
+        vocab_size: VOCAB,
+        hidden_size: 24,
+        intermediate_size: 20,
+        num_hidden_layers: 2,
+        num_attention_heads: 3,
+        max_position_embeddings: 64,
+        ..LlamaConfig::default()
+    }
+}
+
+/// A low-rank query, and no two sizes that are equal, nor a head as wide as in the Llama.
+pub(crate) fn latent_sizes() -> LatentSizes {
+    LatentSizes {
+        q_lora_rank: 10,
+        kv_lora_rank: 12,
+        qk_nope_head_dim: 14,
+        qk_rope_head_dim: 4,
+        v_head_dim: 6,
+    }
 }
 
 /// A decoder with the same weights on every backend and in every run, far from uniform in its predictions.

@@ -16,6 +16,7 @@ use mtla_core::{
 use mtla_models::{
     checkpoint::{Layout, file_name},
     decoder::{Decoder, DecoderInput},
+    generate::LanguageModel,
     llama::{KEYS, Llama, LoadOptions, SavedHead},
 };
 
@@ -271,30 +272,60 @@ impl<B: AttentionBackend> Runner<'_, B> {
         for (number, row) in rows.iter().enumerate() {
             let found = logits.clone().narrow(0, number, 1);
             let found = found.narrow(1, 0, row.len()).into_data();
-            let alone = if number + 1 == rows.len() {
-                case.values(&format!("{name}.alone_logits")).to_vec()
-            } else {
-                let input = DecoderInput::new(ids(std::slice::from_ref(row), self.device));
-                let alone = self.llama.decoder.forward(input).into_data();
-                alone.iter::<f32>().collect()
-            };
+            let alone = self.alone(name, &rows, number);
             self.close(&format!("{name} row {number}"), found, &alone);
         }
         let steps = self.llama.decoder.clone();
-        self.ragged(name, &steps, &rows, &lengths);
+        self.ragged(name, &steps, &rows);
     }
 
-    /// The same rows as prompts of unequal length in one cache.
-    fn ragged(&mut self, name: &str, decoder: &Decoder<B>, rows: &[Vec<usize>], lengths: &[usize]) {
-        use mtla_models::generate::LanguageModel;
+    /// The same rows in one cache: prompts of unequal length, then their last two tokens one by one.
+    fn ragged(&mut self, name: &str, decoder: &Decoder<B>, rows: &[Vec<usize>]) {
+        let prompts: Vec<Vec<usize>> = rows
+            .iter()
+            .map(|row| row[..row.len() - 2].to_vec())
+            .collect();
+        let mut held: Vec<usize> = prompts.iter().map(Vec::len).collect();
         let mut cache = decoder.new_cache();
         let all: Vec<usize> = cache.join(rows.len()).collect();
-        let plan = cache.extend(&all, lengths);
-        let last = decoder.prefill(ids(rows, self.device), &plan, &mut cache);
-        let number = rows.len() - 1;
-        let found = last.narrow(0, number, 1).into_data();
-        let alone = self.from(&format!("{name}.alone_logits"), lengths[number] - 1);
-        self.close(&format!("{name} as prompts"), found, &alone);
+        let plan = cache.extend(&all, &held);
+        let mut last = decoder.prefill(ids(&prompts, self.device), &plan, &mut cache);
+        for step in 0..3 {
+            for (number, row) in rows.iter().enumerate() {
+                let found = last.clone().narrow(0, number, 1).into_data();
+                let alone = self.alone(name, rows, number);
+                let expected = &alone[(held[number] - 1) * (alone.len() / row.len())..];
+                let expected = &expected[..found.num_elements()];
+                self.close(
+                    &format!("{name} row {number}, step {step}"),
+                    found,
+                    expected,
+                );
+            }
+            if step == 2 {
+                return;
+            }
+            let next: Vec<Vec<usize>> = rows.iter().zip(&held).map(|(r, n)| vec![r[*n]]).collect();
+            let plan = cache.step(&all);
+            let tokens = ids(&next, self.device).reshape([rows.len()]);
+            last = decoder.step(tokens, &plan, &mut cache);
+            for n in &mut held {
+                *n += 1;
+            }
+        }
+    }
+
+    /// The logits of a row that is alone: recorded for the last one.
+    fn alone(&self, name: &str, rows: &[Vec<usize>], number: usize) -> Vec<f32> {
+        if number + 1 == rows.len() {
+            return self.case.values(&format!("{name}.alone_logits")).to_vec();
+        }
+        let row = std::slice::from_ref(&rows[number]);
+        let alone = self
+            .llama
+            .decoder
+            .forward(DecoderInput::new(ids(row, self.device)));
+        alone.into_data().iter::<f32>().collect()
     }
 }
 

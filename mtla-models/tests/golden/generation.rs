@@ -143,7 +143,8 @@ impl<'a> Setting<'a> {
             }
             checks.holds(&what, completion.tokens == expected);
             let scores = format!("{recorded}.sequences_scores");
-            if let (Some(score), true) = (completion.score, self.case.has(&scores)) {
+            if self.case.has(&scores) {
+                let score = completion.score.expect("beam search has scores");
                 let expected = f64::from(self.case.values(&scores)[row]);
                 checks.holds(
                     &format!("{what}: score {score}, expected {expected}"),

@@ -148,3 +148,36 @@ impl Block<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn entries_are_sums_of_products() {
+        let number = |i: usize| ((i * 7919 + 13) % 1009) as f32 / 504.5 - 1.0;
+        for m in 1..=9 {
+            for k in [1, 7, 8, 9, 33, 190] {
+                for n in [1, 2, 3, 8, 47, 48, 49, 100] {
+                    let x: Vec<f32> = (0..m * k).map(number).collect();
+                    let weight: Vec<f32> = (0..n * k).map(|i| number(i + 5)).collect();
+                    let y = product(&x, &weight, [m, k, n]);
+                    assert_eq!(y.len(), m * n);
+                    for (i, found) in y.iter().enumerate() {
+                        let pairs = x[i / n * k..][..k].iter().zip(&weight[i % n * k..][..k]);
+                        let expected: f64 = pairs.map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
+                        let error = (f64::from(*found) - expected).abs();
+                        assert!(error < 2e-5, "[{m}, {k}, {n}], entry {i}: off by {error}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn nothing_is_the_sum_of_nothing() {
+        assert_eq!(product(&[], &[], [2, 0, 3]), [0.0; 6]);
+        assert!(product(&[], &[1.0; 6], [0, 2, 3]).is_empty());
+        assert!(product(&[1.0; 4], &[], [2, 2, 0]).is_empty());
+    }
+}
