@@ -11,7 +11,11 @@ use std::path::Path;
 pub(crate) const UNFINISHED: &str = "tmp";
 
 /// Writes the file `path`; what was there before stays if that fails.
-pub(crate) fn replace(path: &Path, contents: &[u8]) -> io::Result<()> {
+///
+/// # Errors
+///
+/// What the system says.
+pub fn replace(path: &Path, contents: &[u8]) -> io::Result<()> {
     let unfinished = path.with_added_extension(UNFINISHED);
     write_through(&unfinished, contents)?;
     finish(&unfinished, path).inspect_err(|_| {

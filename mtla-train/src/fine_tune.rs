@@ -116,8 +116,8 @@ fn read_config(directory: &Path) -> Result<Value, String> {
 pub struct LlamaFiles {
     /// `config.json`.
     pub config: LlamaConfig,
-    /// `generation_config.json`.
-    pub generation: Map<String, Value>,
+    /// `generation_config.json`, if there is one.
+    pub generation: Option<Map<String, Value>>,
     /// The files of the tokenizer.
     pub codec: TextCodec,
 }
@@ -153,12 +153,13 @@ impl LlamaFiles {
         device: &B::Device,
     ) -> Result<(Self, Decoder<B>), FineTuneError> {
         let llama = Llama::from_pretrained(directory, device)?;
-        let generation = llama
-            .generation
-            .unwrap_or_else(|| generation(codec.start(), codec.end()));
+        // A file that is made here would hide what `config.json` says of the end of a text.
+        let end = llama.config.other.get("eos_token_id");
+        let is_silent = llama.generation.is_none() && end.is_none_or(Value::is_null);
+        let made = is_silent.then(|| generation(codec.start(), codec.end()));
         let this = Self {
+            generation: llama.generation.or(made),
             config: llama.config,
-            generation,
             codec,
         };
         Ok((this, llama.decoder))
@@ -172,7 +173,7 @@ impl LlamaFiles {
         config.max_position_embeddings = context;
         Some(Self {
             config,
-            generation,
+            generation: Some(generation),
             codec: codec.clone(),
         })
     }
@@ -194,7 +195,7 @@ impl LlamaFiles {
         self.codec.save_pretrained(directory)?;
         let llama = Llama {
             config: self.config.clone(),
-            generation: Some(self.generation.clone()),
+            generation: self.generation.clone(),
             decoder: decoder.clone(),
         };
         Ok(llama.save_pretrained(directory)?)

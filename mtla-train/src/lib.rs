@@ -3,7 +3,7 @@
 //! [`Trainer`] trains any model that implements [`Objective`], in a run directory that can be
 //! watched, and that can be resumed exactly after the process was killed. [`data`] makes batches of
 //! text for it; [`metric`] judges what comes out. What programs share is in [`backend`], [`pretrained`],
-//! [`measure`] and [`progress`].
+//! [`measure`], [`progress`] and [`disk`].
 //!
 //! ```text
 //! data ── Batches ──▶ Trainer ── checkpoints, metrics.jsonl, loss.svg ──▶ run directory
@@ -13,6 +13,7 @@
 
 pub mod backend;
 pub mod data;
+pub mod disk;
 pub mod fine_tune;
 pub mod language_model;
 pub mod measure;
@@ -20,7 +21,6 @@ pub mod metric;
 pub mod pretrained;
 pub mod progress;
 
-mod disk;
 mod loss;
 mod plot;
 mod schedule;

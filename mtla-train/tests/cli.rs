@@ -5,10 +5,10 @@
 use std::{
     fs,
     path::{Path, PathBuf},
-    process::{Command, Output},
+    process::{Command, Output, Stdio},
 };
 
-use burn::tensor::backend::Backend;
+use burn::{module::Module, tensor::backend::Backend};
 use burn_flex::{Flex, FlexDevice};
 use mtla_models::llama::{Llama, LlamaConfig};
 use serde_json::{Value, json};
@@ -179,11 +179,26 @@ fn samples_as_json_with_log_probabilities() {
         let tokens = line["tokens"].as_array().unwrap();
         let log_probabilities = line["log_probabilities"].as_array().unwrap();
         assert_eq!(tokens.len(), log_probabilities.len());
-        assert!(
-            log_probabilities
+        for (token, place) in tokens.iter().zip(log_probabilities) {
+            let chosen = place["chosen"].as_f64().unwrap();
+            let top = place["top"].as_array().unwrap();
+            let logs: Vec<f64> = top
                 .iter()
-                .all(|x| x["top"].as_array().unwrap().len() == 3)
-        );
+                .map(|one| one["log_probability"].as_f64().unwrap())
+                .collect();
+            assert_eq!(logs.len(), 3);
+            assert!(
+                logs.iter()
+                    .chain([&chosen])
+                    .all(|x| x.is_finite() && *x < 0.0)
+            );
+            assert!(logs.is_sorted_by(|a, b| a >= b), "{logs:?}");
+            assert!(logs.iter().map(|x| x.exp()).sum::<f64>() < 1.0);
+            match top.iter().position(|one| one["token"] == *token) {
+                Some(place) => assert_eq!(chosen, logs[place]),
+                None => assert!(chosen <= logs[2]),
+            }
+        }
         assert!(line["text"].is_string() && line["reason"].is_string());
     }
     assert_ne!(lines[0]["tokens"], lines[1]["tokens"]);
@@ -217,7 +232,9 @@ fn beams_come_with_scores_the_best_one_first() {
         .map(|line| line["score"].as_f64().unwrap())
         .collect();
     assert_eq!(scores.len(), 3);
-    assert!(scores.is_sorted_by(|a, b| a >= b), "{scores:?}");
+    assert!(scores.iter().all(|x| x.is_finite() && *x < 0.0));
+    // The best one is first, and no two are one text.
+    assert!(scores.is_sorted_by(|a, b| a > b), "{scores:?}");
 }
 
 #[test]
@@ -249,7 +266,8 @@ fn the_checkpoint_has_defaults_and_flags_go_before_them() {
         &end,
     ]);
     assert_eq!(stopped[0]["reason"], "stop_string");
-    assert!(text.starts_with(stopped[0]["text"].as_str().unwrap()));
+    let stopped = stopped[0]["text"].as_str().unwrap();
+    assert!(text.starts_with(stopped) && stopped.contains(&end));
 }
 
 #[test]
@@ -287,7 +305,24 @@ fn a_converted_model_generates() {
     let kept: Value = serde_json::from_str(&kept).unwrap();
     assert_eq!(kept["conversion"]["kv_lora_rank"], 16);
     assert_eq!(kept["conversion"]["down_rate"], 2);
-    assert_eq!(kept["report"]["layers"].as_array().unwrap().len(), 2);
+    let divergence = kept["report"]["divergence"].as_f64().unwrap();
+    assert!(divergence > 0.0 && divergence < 1.5, "{divergence}");
+    let layers = kept["report"]["layers"].as_array().unwrap();
+    assert_eq!(layers.len(), 2);
+    for (number, layer) in layers.iter().enumerate() {
+        let errors = ["keys", "values", "attention"].map(|name| layer[name].as_f64().unwrap());
+        assert!(
+            errors.iter().all(|x| (0.0..1.5).contains(x) && *x > 0.0),
+            "{errors:?}"
+        );
+        let [keys, values, attention] = errors;
+        let line = format!("{number:>5} {keys:>9.4} {values:>9.4} {attention:>9.4}");
+        assert_eq!(table.lines().nth(2 + number), Some(&line[..]));
+    }
+    assert!(
+        table.contains(&format!("{divergence:.4} nats a token")),
+        "{table}"
+    );
     assert!(kept["made_with"]["versions"]["burn"].is_string());
     assert!(!folder.path("mtla.tmp").exists());
 
@@ -333,9 +368,62 @@ fn a_converted_model_generates() {
 }
 
 #[test]
+fn a_converted_model_is_written_even_if_nobody_reads_the_table() {
+    let folder = Folder::new();
+    let mut child = Command::new(env!("CARGO_BIN_EXE_mtla"))
+        .args(["convert", "model", "out", "--tokens", "128"])
+        .current_dir(folder.0.path())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    assert!(child.wait().unwrap().success());
+    assert!(folder.path("out/conversion.json").exists());
+    folder.text(&["generate", "out", "-p", "a", "--max-new-tokens", "2"]);
+}
+
+#[test]
+fn nothing_is_left_of_a_model_that_is_replaced() {
+    let folder = Folder::new();
+    fs::create_dir(folder.path("out")).unwrap();
+    for name in [
+        "chat_template.jinja",
+        "added_tokens.json",
+        "special_tokens_map.json",
+        "generation_config.json",
+        "notes.txt",
+    ] {
+        folder.write(&format!("out/{name}"), b"{}");
+    }
+    folder.text(&["convert", "model", "out", "--force", "--tokens", "128"]);
+    let mut names: Vec<_> = fs::read_dir(folder.path("out"))
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name())
+        .collect();
+    names.sort();
+    let expected = [
+        "config.json",
+        "conversion.json",
+        "model.safetensors",
+        "notes.txt",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ];
+    assert_eq!(names, expected);
+}
+
+#[test]
 fn info_tells_what_a_model_is() {
-    let info = Folder::new().text(&["info", "model"]);
+    let folder = Folder::new();
+    let info = folder.text(&["info", "model"]);
+    let llama = Llama::<Flex>::from_pretrained(folder.path("model"), &FlexDevice).unwrap();
+    let parameters = llama.decoder.num_params();
+    let weights = mtla_train::measure::bytes(4.0 * parameters as f64);
     for line in [
+        &format!("parameters            {parameters}")[..],
+        &format!("weights               f32, {weights}"),
+        "tokenizer             300 tokens",
         "model type            llama",
         "attention             gqa, 4 heads, keys and values of 2",
         "layers                2",
@@ -395,6 +483,10 @@ fn conversion_that_cannot_work_is_told() {
     refuse("out --attention mla --down-rate 2", 2, &["--down-rate"]);
     refuse("out --tokens 20", 1, &["--tokens is 20"]);
     refuse("model --force", 1, &["model is the model itself"]);
+    for place in [".", "..", "model/..", "/"] {
+        let told = [&format!("{place} is no name for a new directory")[..]];
+        refuse(&format!("{place} --force"), 1, &told);
+    }
     refuse("short.txt", 1, &["short.txt is not a directory"]);
 
     let biased = Folder::of(&LlamaConfig {

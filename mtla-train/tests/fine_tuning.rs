@@ -203,6 +203,50 @@ fn python_agrees(directory: &Path) {
 }
 
 #[test]
+fn the_ends_of_a_text_are_kept_as_they_were() {
+    let end = codec().end();
+    let several = json!([end, 7]);
+    let of_file = json!({ "eos_token_id": several, "temperature": 0.5 });
+    // What config.json says, what generation_config.json says, and what generation_config.json says afterwards.
+    for (config_end, generation, expected) in [
+        (Some(&several), None, None),
+        (None, Some(&of_file), Some(of_file.clone())),
+        (Some(&json!(end)), Some(&of_file), Some(of_file.clone())),
+        (
+            None,
+            None,
+            Some(json!({ "bos_token_id": end, "eos_token_id": end })),
+        ),
+    ] {
+        let folder = tempdir().unwrap();
+        let path = |name| folder.path().join(name);
+        let mut config = configs(codec().size()).remove(0);
+        if let Some(end) = config_end {
+            config.other.insert("eos_token_id".into(), end.clone());
+        }
+        make(config, &path("llama"));
+        if let Some(generation) = generation {
+            let file = path("llama").join("generation_config.json");
+            fs::write(file, generation.to_string()).unwrap();
+        }
+        let (_, codec) = LlamaFiles::describe(&path("llama")).unwrap();
+        let (llama, decoder) =
+            LlamaFiles::load::<Flex>(&path("llama"), codec, &FlexDevice).unwrap();
+        llama.save(&decoder, &path("saved")).unwrap();
+        let saved = Llama::<Flex>::from_pretrained(path("saved"), &FlexDevice).unwrap();
+        assert_eq!(
+            saved.generation,
+            expected.as_ref().map(|x| x.as_object().unwrap().clone())
+        );
+        let ends = saved.generation_config().unwrap().eos_token_id;
+        match expected.is_some_and(|x| x["eos_token_id"] == json!(end)) {
+            true => assert_eq!(ends, [end]),
+            false => assert_eq!(ends, [end, 7]),
+        }
+    }
+}
+
+#[test]
 fn what_cannot_be_trained_on_is_told() {
     let folder = tempdir().unwrap();
     let path = folder.path();

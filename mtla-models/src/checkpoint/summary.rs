@@ -1,8 +1,8 @@
 //! What the headers of the weights say.
 
-use std::{collections::BTreeSet, path::Path};
+use std::collections::BTreeSet;
 
-use super::{CheckpointError, weights::Weights};
+use super::{keys::matches, weights::Weights};
 
 /// How many numbers a checkpoint has, and of which types. The numbers themselves are not read.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -16,23 +16,22 @@ pub struct WeightsSummary {
 }
 
 impl WeightsSummary {
-    /// Of the weights in a directory.
-    ///
-    /// # Errors
-    /// [`CheckpointError`] if there are none, or a file is damaged.
-    pub fn read(directory: impl AsRef<Path>) -> Result<Self, CheckpointError> {
-        let weights = Weights::open(directory.as_ref())?;
+    /// Of all weights but those whose names have one of the `ignored` forms.
+    pub(crate) fn new(weights: &Weights, ignored: &[&str]) -> Self {
         let (mut parameters, mut bytes) = (0, 0);
         let mut types = BTreeSet::new();
-        for weight in weights.names().filter_map(|name| weights.get(name)) {
+        let names = weights
+            .names()
+            .filter(|name| !ignored.iter().any(|pattern| matches(pattern, name)));
+        for weight in names.filter_map(|name| weights.get(name)) {
             parameters += weight.shape.iter().map(|n| *n as u64).product::<u64>();
             bytes += weight.bytes.len() as u64;
             types.insert(format!("{:?}", weight.dtype).to_lowercase());
         }
-        Ok(Self {
+        Self {
             parameters,
             bytes,
             types: types.into_iter().collect(),
-        })
+        }
     }
 }

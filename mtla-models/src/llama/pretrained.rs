@@ -1,6 +1,6 @@
 //! Llamas from directories and into directories.
 
-use std::{fs, path::Path};
+use std::{fs, io::ErrorKind, path::Path};
 
 use burn::tensor::{DType, Tensor, backend::Backend};
 
@@ -9,7 +9,7 @@ use super::{
     keys::{KEYS, NO_WEIGHTS},
 };
 use crate::checkpoint::{
-    CheckpointError, SaveOptions,
+    CheckpointError, SaveOptions, WeightsSummary,
     files::{read_json, read_json_if_there, write_json},
     load::load,
     save::save,
@@ -77,14 +77,7 @@ impl<B: Backend> Llama<B> {
         let weights = Weights::open(directory)?;
         check_layers(&config, &weights)?;
 
-        let mut ignored = NO_WEIGHTS.to_vec();
-        if config.tie_word_embeddings {
-            if keeps_head(&weights, options.saved_head) {
-                config.tie_word_embeddings = false;
-            } else {
-                ignored.push(HEAD);
-            }
-        }
+        let ignored = ignored(&mut config, &weights, options.saved_head);
         let decoder = config
             .decoder()
             .and_then(|decoder| decoder.init_lazy(device))
@@ -101,10 +94,10 @@ impl<B: Backend> Llama<B> {
     }
 
     /// Writes a checkpoint that Hugging Face reads: `config.json`, the weights, and `generation_config.json` if
-    /// there is one. The directory is made if need be; other files in it stay.
+    /// there is one. The directory is made if need be; other files in it stay, those of a tokenizer among them.
     ///
-    /// Every file is written under a temporary name first, and weights that are in the way of the new ones (of
-    /// another number of shards) are removed at the end.
+    /// Every file is written under a temporary name first. What is left of another model and would be read with
+    /// this one is removed: weights of another number of shards, and a `generation_config.json` that this one lacks.
     ///
     /// # Errors
     /// [`CheckpointError`] if a file cannot be written, or the decoder is not what the configuration says.
@@ -141,11 +134,50 @@ impl<B: Backend> Llama<B> {
             config.other.insert("torch_dtype".into(), name.into());
         }
         write_json(&path, &config)?;
+        let path = directory.join(GENERATION);
         match &self.generation {
-            Some(generation) => write_json(&directory.join(GENERATION), generation),
-            None => Ok(()),
+            Some(generation) => write_json(&path, generation),
+            None => match fs::remove_file(&path) {
+                Err(error) if error.kind() != ErrorKind::NotFound => {
+                    Err(CheckpointError::io("remove", &path)(error))
+                }
+                _ => Ok(()),
+            },
         }
     }
+}
+
+impl LlamaConfig {
+    /// What the weights in a directory are that [`Llama::from_pretrained`] reads with this `config.json`; their
+    /// numbers are not read.
+    ///
+    /// # Errors
+    /// [`CheckpointError`] if there are none, or a file is damaged.
+    pub fn weights_summary(
+        &self,
+        directory: impl AsRef<Path>,
+    ) -> Result<WeightsSummary, CheckpointError> {
+        let weights = Weights::open(directory.as_ref())?;
+        let ignored = ignored(&mut self.clone(), &weights, SavedHead::Keep);
+        Ok(WeightsSummary::new(&weights, &ignored))
+    }
+}
+
+/// Forms of names that may be in the files and are not read. A head that is read is no longer tied.
+fn ignored(
+    config: &mut LlamaConfig,
+    weights: &Weights,
+    saved_head: SavedHead,
+) -> Vec<&'static str> {
+    let mut ignored = NO_WEIGHTS.to_vec();
+    if config.tie_word_embeddings {
+        if keeps_head(weights, saved_head) {
+            config.tie_word_embeddings = false;
+        } else {
+            ignored.push(HEAD);
+        }
+    }
+    ignored
 }
 
 /// Refuses layers of which the files have nothing before anything is made for them.

@@ -5,6 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use burn::{module::Module, tensor::DType};
 use burn_flex::{Flex, FlexDevice};
 use mtla_models::{
     checkpoint::{CheckpointError, SaveOptions},
@@ -209,6 +210,53 @@ fn old_rotary_frequencies_are_no_unknown_weights() {
             json!({"dtype": "F32", "shape": [2], "data_offsets": [end, end + 8]});
     });
     load(&folder).unwrap();
+}
+
+#[test]
+fn a_summary_is_of_the_weights_that_are_read() {
+    let folder = tempdir().unwrap();
+    let tied = LlamaConfig {
+        tie_word_embeddings: true,
+        ..mtla()
+    };
+    let options = SaveOptions {
+        dtype: Some(DType::BF16),
+        ..SaveOptions::default()
+    };
+    llama(tied)
+        .save_pretrained_with(folder.path(), &options)
+        .unwrap();
+    let compare = |tied| {
+        let model = load(&folder).unwrap();
+        assert_eq!(model.config.tie_word_embeddings, tied);
+        let config = fs::read(folder.path().join("config.json")).unwrap();
+        let config: LlamaConfig = serde_json::from_slice(&config).unwrap();
+        let summary = config.weights_summary(folder.path()).unwrap();
+        let parameters = model.decoder.num_params() as u64;
+        assert_eq!(summary.parameters, parameters);
+        assert_eq!(summary.bytes, 2 * parameters);
+        assert_eq!(summary.types, ["bf16"]);
+        parameters
+    };
+    let parameters = compare(true);
+    // Frequencies, and a head with the numbers of the embedding: neither is read.
+    edit(&folder, |header, data| {
+        let end = data.len();
+        data.extend([0; 8]);
+        header["model.layers.0.self_attn.rotary_emb.inv_freq"] =
+            json!({"dtype": "F32", "shape": [2], "data_offsets": [end, end + 8]});
+        let embedding = header["model.embed_tokens.weight"].clone();
+        let place = |i: usize| embedding["data_offsets"][i].as_u64().unwrap() as usize;
+        let numbers = data[place(0)..place(1)].to_vec();
+        let offsets = [end + 8, end + 8 + numbers.len()];
+        data.extend(numbers);
+        header["lm_head.weight"] =
+            json!({"dtype": "BF16", "shape": embedding["shape"], "data_offsets": offsets});
+    });
+    assert_eq!(compare(true), parameters);
+    // Another head is.
+    edit(&folder, |_, data| *data.last_mut().unwrap() ^= 1);
+    assert!(compare(false) > parameters);
 }
 
 #[test]

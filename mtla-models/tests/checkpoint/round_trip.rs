@@ -154,6 +154,67 @@ fn another_number_of_shards_leaves_nothing_of_the_old_ones() {
 }
 
 #[test]
+fn defaults_of_generation_do_not_outlive_their_model() {
+    let folder = tempdir().unwrap();
+    let mut llama = llama(mtla());
+    llama.generation = json!({"max_new_tokens": 12}).as_object().cloned();
+    for generation in [llama.generation.clone(), None] {
+        llama.generation = generation;
+        llama.save_pretrained(folder.path()).unwrap();
+        let loaded = Llama::<Flex>::from_pretrained(folder.path(), &FlexDevice).unwrap();
+        assert_eq!(loaded.generation, llama.generation);
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_full_disk_is_told_and_leaves_the_old_files_whole() {
+    use std::os::unix::fs::symlink;
+
+    let folder = tempdir().unwrap();
+    let save = |llama: &Llama<Flex>| {
+        let options = SaveOptions {
+            dtype: None,
+            shard_bytes: 8000,
+        };
+        llama.save_pretrained_with(folder.path(), &options)
+    };
+    let mut llama = llama(mtla());
+    llama.generation = json!({"max_new_tokens": 12}).as_object().cloned();
+    save(&llama).unwrap();
+    let before = files(folder.path());
+    for name in before.keys() {
+        // What the file is written as before it has its name.
+        let unfinished = folder.path().join(format!("{name}.tmp"));
+        symlink("/dev/full", &unfinished).unwrap();
+        let error = save(&llama).unwrap_err();
+        assert!(!unfinished.exists());
+        let CheckpointError::Io { path, source, .. } = &error else {
+            panic!("{error}")
+        };
+        assert_eq!(*path, folder.path().join(name));
+        assert_eq!(source.kind(), std::io::ErrorKind::StorageFull);
+        let message = error.to_string();
+        assert!(
+            message.contains("cannot write") && message.contains("No space left"),
+            "{message}"
+        );
+        assert!(files(folder.path()) == before, "{name} and others changed");
+    }
+}
+
+#[test]
+fn a_place_that_cannot_be_written_is_told() {
+    let folder = tempdir().unwrap();
+    let file = folder.path().join("file");
+    std::fs::write(&file, "kept").unwrap();
+    let error = llama(mtla()).save_pretrained(&file).unwrap_err();
+    assert!(matches!(error, CheckpointError::Io { .. }), "{error}");
+    assert!(error.to_string().contains("file"), "{error}");
+    assert_eq!(files(folder.path())["file"], b"kept");
+}
+
+#[test]
 fn a_decoder_that_is_not_what_the_configuration_says_is_not_written() {
     let mut llama = llama(mtla());
     llama.config.intermediate_size += 1;

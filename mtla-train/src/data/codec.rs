@@ -1,25 +1,14 @@
 //! Text as tokens: with a vocabulary made for the text, or with the tokenizer that a model came with.
 
-use std::{fs, io, path::Path};
+use std::path::Path;
 
 use mtla_models::tokenizer::Tokenizer;
 use serde_json::{Value, json};
 
-use super::vocabulary::{END_OF_TEXT, Vocabulary, VocabularyError};
-use crate::disk::replace;
-
-/// The files of a tokenizer that a model directory may hold.
-const FILES: [&str; 9] = [
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-];
+use super::{
+    tokenizer_files::TokenizerFiles,
+    vocabulary::{END_OF_TEXT, Vocabulary, VocabularyError},
+};
 
 /// Text is handed to a model's tokenizer in parts of at least this many bytes, which bounds the memory that
 /// its bookkeeping takes.
@@ -50,7 +39,8 @@ pub struct ModelTokenizer {
     tokenizer: Tokenizer,
     start: u32,
     end: u32,
-    files: Vec<(&'static str, Vec<u8>)>,
+    in_parts: bool,
+    files: TokenizerFiles,
 }
 
 impl From<Vocabulary> for TextCodec {
@@ -77,20 +67,12 @@ impl TextCodec {
             path: directory.to_owned(),
         })?;
         let start = tokenizer.bos().or(bos).unwrap_or(end);
-        let mut files = Vec::new();
-        for name in FILES {
-            let path = directory.join(name);
-            match fs::read(&path) {
-                Ok(bytes) => files.push((name, bytes)),
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(source) => return Err(VocabularyError::Read { path, source }),
-            }
-        }
         Ok(Self::Pretrained(Box::new(ModelTokenizer {
+            in_parts: is_same_in_parts(&tokenizer)?,
             tokenizer,
             start,
             end,
-            files,
+            files: TokenizerFiles::read(directory)?,
         })))
     }
 
@@ -149,6 +131,7 @@ impl TextCodec {
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, VocabularyError> {
         match self {
             Self::Trained(vocabulary) => Ok(vocabulary.encode(text)),
+            Self::Pretrained(model) if !model.in_parts => Ok(model.tokenizer.encode_bare(text)?),
             Self::Pretrained(model) => {
                 let mut tokens = Vec::new();
                 for part in parts(text) {
@@ -191,16 +174,12 @@ impl TextCodec {
 
     /// Writes the files of a tokenizer into a model directory: those that a model came with, or for a trained
     /// vocabulary `tokenizer.json`, which begins a text as documents begin in training, and
-    /// `tokenizer_config.json`. Python's `AutoTokenizer` reads them.
+    /// `tokenizer_config.json`. Python's `AutoTokenizer` reads them. Those of another tokenizer are removed.
     ///
     /// # Errors
     ///
-    /// If a file cannot be written.
+    /// If a file cannot be written or removed.
     pub fn save_pretrained(&self, directory: &Path) -> Result<(), VocabularyError> {
-        let write = |name: &str, bytes: &[u8]| {
-            let path = directory.join(name);
-            replace(&path, bytes).map_err(|source| VocabularyError::Write { path, source })
-        };
         match self {
             Self::Trained(vocabulary) => {
                 let mut tokenizer = vocabulary.to_json();
@@ -211,13 +190,14 @@ impl TextCodec {
                     "eos_token": END_OF_TEXT,
                     "clean_up_tokenization_spaces": false,
                 });
-                write("tokenizer.json", format!("{tokenizer:#}\n").as_bytes())?;
-                write("tokenizer_config.json", format!("{config:#}\n").as_bytes())
+                let files = [
+                    ("tokenizer.json", tokenizer),
+                    ("tokenizer_config.json", config),
+                ];
+                let files = files.map(|(name, json)| (name, format!("{json:#}\n").into_bytes()));
+                TokenizerFiles::new(files).write(directory)
             }
-            Self::Pretrained(model) => model
-                .files
-                .iter()
-                .try_for_each(|(name, bytes)| write(name, bytes)),
+            Self::Pretrained(model) => model.files.write(directory),
         }
     }
 }
@@ -234,8 +214,20 @@ fn begin_with(id: u32) -> Value {
     })
 }
 
-/// Cuts a text where a line begins with something other than a space: tokenizers do not join what is on either
-/// side of such a place.
+/// Whether a tokenizer makes the same of a text in parts. Those of the Llama 2 family put a space before all that
+/// they are given, and so before every part.
+fn is_same_in_parts(tokenizer: &Tokenizer) -> Result<bool, VocabularyError> {
+    let (first, second) = ("a\n", "a");
+    let whole = tokenizer.encode_bare(&[first, second].concat())?;
+    let parts = [
+        tokenizer.encode_bare(first)?,
+        tokenizer.encode_bare(second)?,
+    ];
+    Ok(whole == parts.concat())
+}
+
+/// Cuts a text where a line begins with something other than a space: most tokenizers do not join what is on either
+/// side of such a place, and [`is_same_in_parts`] finds those that do.
 fn parts(text: &str) -> impl Iterator<Item = &str> {
     let mut rest = text;
     std::iter::from_fn(move || {
@@ -257,6 +249,8 @@ fn cut(text: &str) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     fn trained() -> TextCodec {
@@ -289,6 +283,77 @@ mod tests {
             let read = |folder: &tempfile::TempDir| fs::read(folder.path().join(name)).unwrap();
             assert_eq!(read(&again), read(&folder));
         }
+    }
+
+    /// A tokenizer of characters that marks spaces, and puts one before what it is given.
+    fn with_spaces(normalizer: &Value, pre_tokenizer: &Value) -> TextCodec {
+        let folder = tempfile::tempdir().unwrap();
+        let pieces = ["</s>", "\u{2581}", "\n", "a", "b", "\u{2581}a"];
+        let vocabulary: serde_json::Map<String, Value> = pieces
+            .iter()
+            .enumerate()
+            .map(|(id, piece)| ((*piece).to_owned(), id.into()))
+            .collect();
+        let tokenizer = json!({
+            "normalizer": normalizer,
+            "pre_tokenizer": pre_tokenizer,
+            "model": {
+                "type": "BPE",
+                "vocab": vocabulary,
+                "merges": [["\u{2581}", "a"]],
+            },
+        });
+        let path = folder.path().join("tokenizer.json");
+        fs::write(path, tokenizer.to_string()).unwrap();
+        TextCodec::of_model(folder.path(), None, Some(0)).unwrap()
+    }
+
+    #[test]
+    fn no_space_is_put_before_a_part() {
+        let replace =
+            json!({ "type": "Replace", "pattern": { "String": " " }, "content": "\u{2581}" });
+        let prepend = json!({ "type": "Prepend", "prepend": "\u{2581}" });
+        let both = json!({ "type": "Sequence", "normalizers": [prepend, replace] });
+        let metaspace = |scheme: &str| {
+            json!({
+                "type": "Metaspace",
+                "replacement": "\u{2581}",
+                "prepend_scheme": scheme,
+                "split": false,
+            })
+        };
+        let line = "a b\n";
+        let text = line.repeat(2 * PART / line.len());
+        for (normalizer, pre_tokenizer, space) in [
+            (both, Value::Null, true),
+            (Value::Null, metaspace("first"), true),
+            (Value::Null, metaspace("always"), true),
+            (Value::Null, metaspace("never"), false),
+        ] {
+            let codec = with_spaces(&normalizer, &pre_tokenizer);
+            let TextCodec::Pretrained(model) = &codec else {
+                panic!("a model's tokenizer");
+            };
+            assert_eq!(model.in_parts, !space, "{normalizer} {pre_tokenizer}");
+            // The line's tokens, each time, and a space before the first alone.
+            let mut expected = [3, 1, 4, 2].repeat(text.len() / line.len());
+            if space {
+                expected[0] = 5;
+            }
+            assert!(codec.encode(&text).unwrap() == expected);
+        }
+    }
+
+    #[test]
+    fn files_of_another_tokenizer_are_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let stale = folder.path().join("chat_template.jinja");
+        let other = folder.path().join("notes.txt");
+        fs::write(&stale, "old").unwrap();
+        fs::write(&other, "kept").unwrap();
+        trained().save_pretrained(folder.path()).unwrap();
+        assert!(!stale.exists() && other.exists());
+        assert!(TextCodec::of_model(folder.path(), None, None).is_ok());
     }
 
     #[test]

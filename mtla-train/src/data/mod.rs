@@ -9,6 +9,7 @@ mod blocks;
 pub mod codec;
 pub mod corpus;
 pub mod story;
+pub mod tokenizer_files;
 pub mod vocabulary;
 
 pub use batches::{Batches, Plan};

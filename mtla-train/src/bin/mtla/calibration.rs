@@ -6,7 +6,10 @@ use anyhow::{Context, ensure};
 use burn::tensor::{Int, Tensor, TensorData};
 use clap::Args;
 use mtla_core::ops::AttentionBackend;
-use mtla_models::generate::{Generation, GenerationConfig};
+use mtla_models::{
+    generate::{Generation, GenerationConfig},
+    tokenizer::Tokenizer,
+};
 use mtla_train::{pretrained::Pretrained, progress::bar};
 use serde_json::{Value, json};
 
@@ -14,6 +17,10 @@ use crate::text;
 
 /// Tokens a row, at most.
 const ROW: usize = 256;
+/// Rows that the model writes together, at most.
+const TOGETHER: usize = 16;
+/// Tokens of the last word of a part of a text, at most.
+const LAST_WORD: usize = 16;
 /// Logits of a batch, at most, as long as it has more than one row.
 const BATCH: usize = 1 << 24;
 
@@ -51,10 +58,16 @@ impl Calibration {
             tokens > width,
             "--tokens is {tokens}, expected more than the model's width of {width}"
         );
-        let length = ROW.min(config.max_position_embeddings.max(2));
+        let (count, length) = rows(tokens, ROW.min(config.max_position_embeddings.max(2)));
+        ensure!(
+            count * length > width,
+            "--tokens is {tokens}, which are {count} rows of {length} and no more than the model's width of {width}; \
+             {} are enough",
+            tokens + count
+        );
         let rows = match &self.text {
-            Some(_) => self.rows_of_file(model, tokens, length)?,
-            None => self.rows_of_model(model, tokens.div_ceil(length), length)?,
+            Some(_) => self.rows_of_file(model, count, length)?,
+            None => self.rows_of_model(model, count, length)?,
         };
         let together = (BATCH / (length * config.vocab_size)).clamp(1, 8);
         let batches = rows
@@ -83,7 +96,7 @@ impl Calibration {
     fn rows_of_file<B: AttentionBackend>(
         &self,
         model: &Pretrained<B>,
-        tokens: usize,
+        count: usize,
         length: usize,
     ) -> anyhow::Result<Vec<Vec<u32>>> {
         let path = self.text.as_deref().context("no file")?;
@@ -93,10 +106,11 @@ impl Calibration {
             .bos()
             .filter(|bos| tokenizer.encode("").is_ok_and(|ids| ids.contains(bos)));
         let begin: Vec<u32> = begin.into_iter().collect();
-        let ids = tokenizer.encode_bare(&text)?;
+        let own = length - begin.len();
+        let ids = beginning(&tokenizer, &text, count * own)?;
         let rows: Vec<Vec<u32>> = ids
-            .chunks_exact(length - begin.len())
-            .take(tokens.div_ceil(length))
+            .chunks_exact(own)
+            .take(count)
             .map(|ids| [&begin[..], ids].concat())
             .collect();
         let (found, width) = (rows.len() * length, model.llama.config.hidden_size);
@@ -114,24 +128,67 @@ impl Calibration {
     fn rows_of_model<B: AttentionBackend>(
         &self,
         model: &Pretrained<B>,
-        rows: usize,
+        count: usize,
         length: usize,
     ) -> anyhow::Result<Vec<Vec<u32>>> {
         let other = &model.llama.config.other;
         let begin = other.get("bos_token_id").and_then(Value::as_u64);
         let begin = begin.unwrap_or_default() as u32;
-        let sampling = GenerationConfig::new(length - 1)
-            .with_temperature(1.0)
-            .with_seed(self.seed)
-            .with_num_return_sequences(rows);
-        let written = bar("writing a text", length - 1);
-        let mut texts = vec![vec![begin]; rows];
-        for events in Generation::new(&model.llama.decoder, &[[begin]], &sampling)? {
-            for event in events? {
-                texts[event.sample].push(event.token);
+        let batches = count.div_ceil(TOGETHER);
+        let written = bar("writing a text", batches * (length - 1));
+        let mut texts = vec![vec![begin]; count];
+        for (number, texts) in texts.chunks_mut(TOGETHER).enumerate() {
+            let sampling = GenerationConfig::new(length - 1)
+                .with_temperature(1.0)
+                .with_seed(self.seed.wrapping_add(number as u64))
+                .with_num_return_sequences(texts.len());
+            for events in Generation::new(&model.llama.decoder, &[[begin]], &sampling)? {
+                for event in events? {
+                    texts[event.sample].push(event.token);
+                }
+                written.inc(1);
             }
-            written.inc(1);
         }
         Ok(texts)
+    }
+}
+
+/// The number and length of rows that have nearly `tokens` tokens and no more. A row has two at least, because one
+/// alone has nothing before it, and `longest` at most.
+fn rows(tokens: usize, longest: usize) -> (usize, usize) {
+    let count = tokens.div_ceil(longest).min(tokens / 2);
+    (count, longest.min(tokens / count))
+}
+
+/// The first tokens of a text: more than `count` of them if it has as many. No more of it is encoded than need be.
+fn beginning(tokenizer: &Tokenizer, text: &str, count: usize) -> anyhow::Result<Vec<u32>> {
+    // A token rarely has more bytes.
+    let mut bytes = count.saturating_mul(8);
+    loop {
+        let part = &text[..text.floor_char_boundary(bytes)];
+        let ids = tokenizer.encode_bare(part)?;
+        // Only the last word of a part may be encoded in another way than in the text.
+        if part.len() == text.len() || ids.len() > count + LAST_WORD {
+            return Ok(ids);
+        }
+        bytes = bytes.saturating_mul(2);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::rows;
+
+    #[test]
+    fn rows_have_no_more_tokens_than_asked_for() {
+        assert_eq!(rows(4096, 256), (16, 256));
+        assert_eq!(rows(100, 256), (1, 100));
+        for longest in 2..20 {
+            for tokens in 2..200 {
+                let (count, length) = rows(tokens, longest);
+                assert!((2..=longest).contains(&length));
+                assert!(count * length <= tokens && count * (length + 1) >= tokens);
+            }
+        }
     }
 }

@@ -10,12 +10,14 @@ use anyhow::{Context, ensure};
 use clap::{Args, ValueEnum, error::ErrorKind};
 use mtla_core::ops::AttentionBackend;
 use mtla_models::{
-    checkpoint::{SaveOptions, WeightsSummary},
+    checkpoint::SaveOptions,
     convert::{Conversion, ConversionReport, convert_with},
     llama::{LatentSizes, Llama, LlamaConfig},
 };
 use mtla_train::{
     backend::{BackendKind, FloatKind, Program},
+    data::tokenizer_files::TokenizerFiles,
+    disk::replace,
     measure::environment,
     pretrained::{self, Pretrained},
     progress::{bar, spinner},
@@ -105,8 +107,8 @@ impl Convert {
     }
 
     /// The numbers that were asked for, or those of the old model.
-    fn save_options(&self, directory: &Path) -> anyhow::Result<SaveOptions> {
-        let types = WeightsSummary::read(directory)?.types;
+    fn save_options(&self, old: &LlamaConfig, directory: &Path) -> anyhow::Result<SaveOptions> {
+        let types = old.weights_summary(directory)?.types;
         let dtype = self.dtype.or_else(|| match &types[..] {
             [only] => FloatKind::from_str(only, true).ok(),
             _ => None,
@@ -120,6 +122,10 @@ impl Convert {
     /// Refuses to write where something is that would be lost.
     fn check_place(&self, directory: &Path) -> anyhow::Result<()> {
         let out = self.out.display();
+        ensure!(
+            self.out.file_name().is_some(),
+            "{out} is no name for a new directory; give one, such as models/converted"
+        );
         let unfinished = unfinished(&self.out);
         ensure!(
             !unfinished.exists(),
@@ -171,7 +177,6 @@ impl Program for Convert {
             layers.inc(1);
         })?;
         drop(layers);
-        print(&converted.report)?;
 
         let new = Llama {
             config,
@@ -193,13 +198,17 @@ impl Program for Convert {
         });
         let writing = spinner(format!("writing {}", self.out.display()));
         write(&self.out, |folder| {
-            new.save_pretrained_with(folder, &self.save_options(&directory)?)?;
-            copy_tokenizer(&directory, folder)?;
-            write_json(&folder.join("conversion.json"), &description)
+            new.save_pretrained_with(folder, &self.save_options(&old.config, &directory)?)?;
+            TokenizerFiles::read(&directory)?.write(folder)?;
+            let path = folder.join("conversion.json");
+            let text = serde_json::to_string_pretty(&description)? + "\n";
+            replace(&path, text.as_bytes())
+                .with_context(|| format!("cannot write {}", path.display()))
         })?;
         writing.finish_and_clear();
         eprintln!("wrote {}", self.out.display());
-        Ok(())
+        // The last thing to do: whoever reads it may have had enough before its end.
+        print(&converted.report)
     }
 }
 
@@ -271,35 +280,4 @@ fn write(out: &Path, fill: impl Fn(&Path) -> anyhow::Result<()>) -> anyhow::Resu
 /// The name of a directory that is not whole.
 fn unfinished(out: &Path) -> PathBuf {
     out.with_added_extension("tmp")
-}
-
-fn write_json(path: &Path, value: &serde_json::Value) -> anyhow::Result<()> {
-    let unfinished = path.with_added_extension("tmp");
-    let text = serde_json::to_string_pretty(value)? + "\n";
-    fs::write(&unfinished, text)
-        .and_then(|()| fs::rename(&unfinished, path))
-        .with_context(|| format!("cannot write {}", path.display()))
-}
-
-/// Everything of a model directory that a tokenizer is made of.
-fn copy_tokenizer(from: &Path, to: &Path) -> anyhow::Result<()> {
-    const NAMES: [&str; 9] = [
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "tokenizer.model",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "chat_template.jinja",
-        "vocab.json",
-        "vocab.txt",
-        "merges.txt",
-    ];
-    for name in NAMES {
-        let source = from.join(name);
-        if source.is_file() {
-            fs::copy(&source, to.join(name))
-                .with_context(|| format!("cannot copy {}", source.display()))?;
-        }
-    }
-    Ok(())
 }

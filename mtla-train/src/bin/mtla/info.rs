@@ -5,9 +5,7 @@ use std::{fs, io::Write, path::PathBuf};
 use anyhow::Context;
 use clap::Args;
 use mtla_core::{attention::AttentionConfig, cache::CacheSpec, ops::AttentionBackend};
-use mtla_models::{
-    checkpoint::WeightsSummary, decoder::DecoderConfig, llama::LlamaConfig, tokenizer::Tokenizer,
-};
+use mtla_models::{decoder::DecoderConfig, llama::LlamaConfig, tokenizer::Tokenizer};
 use mtla_train::{
     backend::{BackendKind, Program},
     measure::bytes,
@@ -47,7 +45,7 @@ impl Program for Description {
         let decoder = config
             .decoder()
             .with_context(|| path.display().to_string())?;
-        let weights = WeightsSummary::read(&directory)?;
+        let weights = config.weights_summary(&directory)?;
         let cache = decoder.attention.init::<B>(&device)?.cache_spec();
         let tokenizer = if directory.join("tokenizer.json").exists() {
             let tokenizer = Tokenizer::load(&directory)?;

@@ -65,7 +65,7 @@ pub(crate) struct Sampling {
     /// Texts for each prompt: samples, or the best ones of beam search [1].
     #[arg(long, value_name = "N")]
     num_return_sequences: Option<usize>,
-    /// A string that ends the text, and is its end; may be given several times.
+    /// A string that ends a text: the text ends with the token that completes it; may be given several times.
     #[arg(long, value_name = "STRING")]
     stop: Vec<String>,
     /// Words that never come, alone or after a space; may be given several times.
