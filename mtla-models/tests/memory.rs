@@ -46,7 +46,7 @@ fn alone() -> MutexGuard<'static, ()> {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-/// A header that is nonsense takes no more memory than the file has a right to.
+/// A header that is nonsense takes no more memory than a few times the file, whatever it says.
 #[test]
 fn hostile_headers_take_little() {
     let _alone = alone();
@@ -84,7 +84,7 @@ fn hostile_headers_take_little() {
         let load = || Llama::<Flex>::from_pretrained(folder.path(), &FlexDevice).map(drop);
         let (refused, allocated) = peak(load);
         assert!(refused.is_err());
-        let allowed = 1_000_000 + 8 * bytes.len();
+        let allowed = 1_000_000 + 16 * bytes.len();
         println!("{allocated} bytes for a file of {}", bytes.len());
         assert!(
             allocated < allowed,

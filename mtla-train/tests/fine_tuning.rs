@@ -239,10 +239,8 @@ fn the_ends_of_a_text_are_kept_as_they_were() {
             expected.as_ref().map(|x| x.as_object().unwrap().clone())
         );
         let ends = saved.generation_config().unwrap().eos_token_id;
-        match expected.is_some_and(|x| x["eos_token_id"] == json!(end)) {
-            true => assert_eq!(ends, [end]),
-            false => assert_eq!(ends, [end, 7]),
-        }
+        let is_one = expected.is_some_and(|x| x["eos_token_id"] == json!(end));
+        assert_eq!(ends, if is_one { vec![end] } else { vec![end, 7] });
     }
 }
 
