@@ -11,13 +11,17 @@ use burn::tensor::{
 };
 use burn_autodiff::Autodiff;
 use burn_flex::{Flex, FlexDevice};
-use common::{Numbers, check, values};
+use common::{
+    Numbers,
+    attend::{Case, Form, assert_close, leaf, map, run},
+    check, values,
+};
 use mtla_core::{
     attention::{AttentionConfig, AttentionInput},
     cache::Cache,
     ops::{
-        Activation, AttendOperands, AttendProblem, AttentionBackend, DecodeOperands, DecodeProblem,
-        Dropout, KeyValue, Keys, LaunchKind, SlotLayout, Visibility, launches, plain,
+        Activation, AttendOperands, AttentionBackend, DecodeOperands, DecodeProblem, LaunchKind,
+        SlotLayout, launches, plain,
     },
     rope::{RotaryConfig, RotaryLayout},
     testing::one_graph,
@@ -35,196 +39,16 @@ fn alone() -> std::sync::MutexGuard<'static, ()> {
         .unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
-/// Which keys an attention has.
-#[derive(Debug, Clone, Copy, PartialEq)]
-enum Form {
-    Tokens,
-    Columns,
-    Prefix,
-}
-
-/// A random problem and its operands as numbers.
-struct Case {
-    problem: AttendProblem,
-    form: Form,
-    tokens: usize,
-    shared: usize,
-    numbers: Numbers,
-}
-
-impl Case {
-    fn new(seed: u64, form: Form, dropout: bool) -> Self {
-        let mut n = Numbers::new(seed);
-        let mut pick = |low: usize, high: usize| low + (n.bits() as usize) % (high - low);
-        let (batch, kv_heads, group) = (pick(1, 4), pick(1, 4), pick(1, 4));
-        let (stride, queries) = (pick(1, 5), pick(1, 300));
-        let offsets: Vec<usize> = (0..batch).map(|_| pick(0, 40)).collect();
-        let lengths: Vec<usize> = (0..batch).map(|_| pick(0, queries + 1)).collect();
-        let last = offsets.iter().zip(&lengths).map(|(a, b)| a + b).max();
-        let tokens = last.expect("at least one row").max(1) + pick(0, 5);
-        let columns = match form {
-            Form::Prefix => pick(1, 300),
-            Form::Tokens | Form::Columns => tokens / stride,
-        };
-        let visibility = match form {
-            Form::Prefix => Visibility::Prefix {
-                lengths: (0..batch).map(|_| pick(0, columns + 1)).collect(),
-            },
-            _ => Visibility::Causal { stride, offsets },
-        };
-        let (key_width, value_width) = (pick(2, 40), pick(1, 40));
-        let problem = AttendProblem {
-            batch,
-            heads: kv_heads * group,
-            kv_heads,
-            queries,
-            columns,
-            self_term: form != Form::Prefix && stride > 1,
-            key_width,
-            value_width,
-            visibility,
-            lengths,
-            scale: (key_width as f64).powf(-0.5),
-            dropout: dropout.then_some(Dropout {
-                probability: 0.3,
-                seed,
-            }),
-        };
-        let shared = pick(0, key_width);
-        Self {
-            problem,
-            form,
-            tokens,
-            shared,
-            numbers: n,
-        }
-    }
-
-    fn draw(&mut self, shape: [usize; 4], dtype: DType) -> Tensor<Train, 4> {
-        let values = self.numbers.normals(shape.iter().product());
-        let data = TensorData::new(values, shape).convert_dtype(dtype);
-        Tensor::from_data(data, (&FlexDevice, dtype)).require_grad()
-    }
-
-    /// The operands, each a leaf of the graph; tensors lie token by token now and then, as in a model.
-    fn operands(&mut self, dtype: DType) -> AttendOperands<Train> {
-        let (b, h, g) = (
-            self.problem.batch,
-            self.problem.heads,
-            self.problem.kv_heads,
-        );
-        let (kw, vw, shared) = (
-            self.problem.key_width,
-            self.problem.value_width,
-            self.shared,
-        );
-        let queries = self.problem.queries;
-        let pair = |case: &mut Self, n: usize| KeyValue {
-            k: case.draw([b, g, n, kw - shared], dtype),
-            shared: (shared > 0).then(|| case.draw([b, 1, n, shared], dtype)),
-            v: case.draw([b, g, n, vw], dtype),
-        };
-        let keys = match self.form {
-            Form::Tokens => Keys::Tokens(pair(self, self.tokens)),
-            Form::Columns | Form::Prefix => Keys::Columns {
-                columns: (self.problem.columns > 0).then(|| pair(self, self.problem.columns)),
-                own: self.problem.self_term.then(|| pair(self, queries)),
-            },
-        };
-        AttendOperands {
-            q: self.draw([b, h, queries, kw], dtype),
-            keys,
-        }
-    }
-
-    /// 1 for the queries that count and see something, 0 for the others.
-    fn counts(&self, dtype: DType) -> Tensor<Train, 4> {
-        let p = &self.problem;
-        let [b, h, t] = [p.batch, p.heads, p.queries];
-        let seen = |row: usize, query: usize| match &p.visibility {
-            Visibility::Prefix { lengths } => lengths[row] > 0,
-            Visibility::Causal { .. } => query < p.lengths[row],
-        };
-        let values: Vec<f64> = (0..b * h * t)
-            .map(|i| {
-                let (row, query) = (i / (h * t), i % t);
-                f64::from(u8::from(query < p.lengths[row] && seen(row, query)))
-            })
-            .collect();
-        let data = TensorData::new(values, [b, h, t, 1]).convert_dtype(dtype);
-        Tensor::from_data(data, (&FlexDevice, dtype))
-    }
-}
-
-fn leaves(operands: &AttendOperands<Train>) -> Vec<Tensor<Train, 4>> {
-    let of = |kv: &KeyValue<Train>| {
-        let mut all = vec![kv.k.clone(), kv.v.clone()];
-        all.extend(kv.shared.clone());
-        all
-    };
-    let mut all = vec![operands.q.clone()];
-    match &operands.keys {
-        Keys::Tokens(kv) => all.extend(of(kv)),
-        Keys::Columns { columns, own } => all.extend(columns.iter().chain(own).flat_map(of)),
-    }
-    all
-}
-
-/// The output where it counts, and the gradients of all operands under a random cotangent.
-fn run(
-    operands: &AttendOperands<Train>,
-    case: &mut Case,
-    attend: impl Fn(AttendOperands<Train>, &AttendProblem) -> Tensor<Train, 4>,
-    cotangent: &Tensor<Train, 4>,
-) -> Vec<Vec<f64>> {
-    let counts = case.counts(operands.q.dtype());
-    let _alone = one_graph();
-    let y = attend(operands.clone(), &case.problem);
-    let y = y.clone() * counts.expand(y.shape());
-    let grads = (y.clone() * cotangent.clone()).sum().backward();
-    let mut found = vec![values(y.inner())];
-    for leaf in leaves(operands) {
-        let grad = leaf.grad(&grads).map(values);
-        found.push(grad.unwrap_or_default());
-    }
-    found
-}
-
-#[track_caller]
-fn assert_close(found: &[Vec<f64>], expected: &[Vec<f64>], tolerance: f64, what: &str) {
-    for (i, (found, expected)) in found.iter().zip(expected).enumerate() {
-        // A gradient that nothing flows into may be missing on one side.
-        let zeros = vec![0.0; found.len().max(expected.len())];
-        let of = |x: &Vec<f64>| {
-            if x.is_empty() {
-                zeros.clone()
-            } else {
-                x.clone()
-            }
-        };
-        let (found, expected) = (of(found), of(expected));
-        assert_eq!(found.len(), expected.len());
-        let size = expected.iter().fold(1.0f64, |m, x| m.max(x.abs()));
-        for (a, b) in found.iter().zip(&expected) {
-            assert!(
-                (a - b).abs() <= tolerance * size,
-                "{what}: tensor {i}: {a}, expected {b} (largest {size})"
-            );
-        }
-    }
-}
-
 fn compare(form: Form, dropout: bool, dtype: DType, tolerance: f64) {
     let cases = if dtype == DType::F32 { 48 } else { 16 };
     check(cases, any::<u64>(), |seed| {
         let mut case = Case::new(seed, form, dropout);
-        let operands = case.operands(dtype);
-        let p = &case.problem;
-        let shape = [p.batch, p.heads, p.queries, p.value_width];
-        let cotangent = case.draw(shape, dtype).detach();
-        let plain = run(&operands, &mut case, plain::attend, &cotangent);
+        let leaf = |x| leaf::<Train>(x, dtype, &FlexDevice);
+        let operands = map(&case.operands(), &leaf);
+        let cotangent = leaf(case.cotangent()).detach();
+        let plain = run(&operands, &case, plain::attend, &cotangent);
         let before = launches(LaunchKind::HostAttendBackward);
-        let host = run(&operands, &mut case, Train::attend, &cotangent);
+        let host = run(&operands, &case, Train::attend, &cotangent);
         assert!(launches(LaunchKind::HostAttendBackward) > before);
         assert_close(&host, &plain, tolerance, &format!("{:?}", case.problem));
     });
@@ -254,23 +78,19 @@ fn half_precision_accumulates_in_32_bits() {
             for dropout in [false, true] {
                 check(6, any::<u64>(), |seed| {
                     let mut case = Case::new(seed, form, dropout);
-                    let narrow = |x: Tensor<Train, 4>| x.inner().cast(dtype);
-                    let leaf = |x| Tensor::<Train, 4>::from_inner(x).require_grad();
-                    let wide = |x: Tensor<Train, 4>| leaf(narrow(x).cast(FloatDType::F32));
-                    let operands = case.operands(DType::F32);
-                    let p = &case.problem;
-                    let shape = [p.batch, p.heads, p.queries, p.value_width];
-                    let cotangent = case.draw(shape, DType::F32);
-                    let [narrow, wide] = [&|x| leaf(narrow(x)), &wide as &dyn Fn(_) -> _].map(
-                        |f: &dyn Fn(Tensor<Train, 4>) -> Tensor<Train, 4>| {
-                            (map(&operands, f), f(cotangent.clone()).detach())
-                        },
-                    );
+                    let narrow = |x| leaf::<Train>(x, dtype.into(), &FlexDevice);
+                    let wide = |x| {
+                        let x = narrow(x).inner().cast(FloatDType::F32);
+                        Tensor::<Train, 4>::from_inner(x).require_grad()
+                    };
+                    let (operands, cotangent) = (case.operands(), case.cotangent());
+                    let [narrow, wide] = [&narrow, &wide as &dyn Fn(_) -> _]
+                        .map(|f| (map(&operands, f), f(cotangent.clone()).detach()));
                     assert_eq!(narrow.0.q.dtype(), dtype.into());
                     let before = launches(LaunchKind::HostAttendBackward);
-                    let found = run(&narrow.0, &mut case, Train::attend, &narrow.1);
+                    let found = run(&narrow.0, &case, Train::attend, &narrow.1);
                     assert!(launches(LaunchKind::HostAttendBackward) > before);
-                    let expected = run(&wide.0, &mut case, plain::attend, &wide.1);
+                    let expected = run(&wide.0, &case, plain::attend, &wide.1);
                     let what = format!("{dtype:?} {:?}", case.problem);
                     let (y, gradients) = (1.01 * unit + 1e-5, 2.0 * unit + 1e-5);
                     assert_close(&found[..1], &expected[..1], y, &what);
@@ -278,28 +98,6 @@ fn half_precision_accumulates_in_32_bits() {
                 });
             }
         }
-    }
-}
-
-/// The operands with `f` of each tensor.
-fn map(
-    operands: &AttendOperands<Train>,
-    f: &dyn Fn(Tensor<Train, 4>) -> Tensor<Train, 4>,
-) -> AttendOperands<Train> {
-    let pair = |kv: &KeyValue<Train>| KeyValue {
-        k: f(kv.k.clone()),
-        shared: kv.shared.clone().map(f),
-        v: f(kv.v.clone()),
-    };
-    AttendOperands {
-        q: f(operands.q.clone()),
-        keys: match &operands.keys {
-            Keys::Tokens(kv) => Keys::Tokens(pair(kv)),
-            Keys::Columns { columns, own } => Keys::Columns {
-                columns: columns.as_ref().map(pair),
-                own: own.as_ref().map(pair),
-            },
-        },
     }
 }
 
@@ -315,13 +113,12 @@ fn gradients_are_finite_differences() {
         for length in &mut case.problem.lengths {
             *length = (*length).min(queries);
         }
-        let operands = case.operands(DType::F64);
-        let p = &case.problem;
-        let shape = [p.batch, p.heads, p.queries, p.value_width];
-        let cotangent = case.draw(shape, DType::F64).detach();
+        let leaf = |x| leaf::<Train>(x, DType::F64, &FlexDevice);
+        let operands = map(&case.operands(), &leaf);
+        let cotangent = leaf(case.cotangent()).detach();
         for attend in [plain::attend::<Train>, Train::attend] {
-            let found = run(&operands, &mut case, attend, &cotangent);
-            let mut moved = |change: f64, at: usize| {
+            let found = run(&operands, &case, attend, &cotangent);
+            let moved = |change: f64, at: usize| {
                 let mut q = operands.q.clone().inner().into_data();
                 q.as_mut_slice::<f64>().expect("64 bits")[at] += change;
                 let q = Tensor::from_data(q, (&FlexDevice, DType::F64));
@@ -329,7 +126,7 @@ fn gradients_are_finite_differences() {
                     q: Tensor::from_inner(q).require_grad(),
                     keys: operands.keys.clone(),
                 };
-                let y = &run(&moved, &mut case, attend, &cotangent)[0];
+                let y = &run(&moved, &case, attend, &cotangent)[0];
                 let weights = values(cotangent.clone().inner());
                 y.iter().zip(weights).map(|(y, w)| y * w).sum::<f64>()
             };

@@ -83,7 +83,9 @@ mod cube {
     use burn_cubecl::{BoolElement, CubeBackend, CubeRuntime, FloatElement, IntElement};
     use burn_fusion::Fusion;
 
-    use super::{AttentionBackend, DecodeOperands, DecodeProblem, Tensor};
+    use super::{
+        AttendOperands, AttendProblem, AttentionBackend, DecodeOperands, DecodeProblem, Tensor,
+    };
     use crate::ops::cube;
 
     impl<R, F, I, BT> AttentionBackend for CubeBackend<R, F, I, BT>
@@ -93,6 +95,10 @@ mod cube {
         I: IntElement,
         BT: BoolElement,
     {
+        fn attend(operands: AttendOperands<Self>, problem: &AttendProblem) -> Tensor<Self, 4> {
+            cube::attend(operands, problem)
+        }
+
         fn decode(
             operands: DecodeOperands<Self>,
             problem: &DecodeProblem,
@@ -108,6 +114,10 @@ mod cube {
         I: IntElement,
         BT: BoolElement,
     {
+        fn attend(operands: AttendOperands<Self>, problem: &AttendProblem) -> Tensor<Self, 4> {
+            cube::attend_fused(operands, problem)
+        }
+
         fn decode(
             operands: DecodeOperands<Self>,
             problem: &DecodeProblem,

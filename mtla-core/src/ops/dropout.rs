@@ -20,14 +20,23 @@ impl Dropout {
         self.row(row).keeps(column)
     }
 
-    /// One row of the mask.
-    pub(crate) fn row(&self, row: u32) -> DropoutRow {
+    /// What a row of the mask is made of.
+    pub(crate) fn numbers(&self) -> DropoutNumbers {
         let (low, high) = (self.seed as u32, (self.seed >> 32) as u32);
-        DropoutRow {
-            hash: mix(row ^ mix(high ^ mix(low))),
+        DropoutNumbers {
+            seed: mix(high ^ mix(low)),
             // As many of the 2^32 hashes are below it as are to be dropped; `p < 1`, so it fits.
             threshold: (self.probability * 4_294_967_296.0).ceil() as u32,
             factor: (1.0 / (1.0 - self.probability)) as f32,
+        }
+    }
+
+    /// One row of the mask.
+    pub(crate) fn row(&self, row: u32) -> DropoutRow {
+        let numbers = self.numbers();
+        DropoutRow {
+            hash: mix(row ^ numbers.seed),
+            numbers,
         }
     }
 
@@ -54,21 +63,31 @@ impl Dropout {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct DropoutRow {
     hash: u32,
-    threshold: u32,
-    factor: f32,
+    numbers: DropoutNumbers,
+}
+
+/// A mask in three numbers.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct DropoutNumbers {
+    /// The hash of the seed.
+    pub(crate) seed: u32,
+    /// Weights are kept whose hash is not below it.
+    pub(crate) threshold: u32,
+    /// What kept weights are multiplied by.
+    pub(crate) factor: f32,
 }
 
 impl DropoutRow {
     #[inline]
     fn keeps(self, column: u32) -> bool {
-        mix(column ^ self.hash) >= self.threshold
+        mix(column ^ self.hash) >= self.numbers.threshold
     }
 
     /// What a weight is multiplied by: `1 / (1 − p)` where it is kept and 0 where it is dropped.
     #[inline]
     pub(crate) fn factor(self, column: usize) -> f64 {
         let factor = if self.keeps(column as u32) {
-            self.factor
+            self.numbers.factor
         } else {
             0.0
         };

@@ -15,9 +15,11 @@ pub enum LaunchKind {
     CubeDecode,
     /// The second launch of it, where rows have several parts.
     CubeDecodeCombine,
+    /// `attend` of those backends.
+    CubeAttend,
 }
 
-static COUNTS: [AtomicU64; 5] = [const { AtomicU64::new(0) }; 5];
+static COUNTS: [AtomicU64; 6] = [const { AtomicU64::new(0) }; 6];
 
 #[cfg(any(feature = "flex", feature = "cube"))]
 pub(super) fn count(kind: LaunchKind) {

@@ -49,6 +49,17 @@ impl<B: Backend> KeyValue<B> {
         }
     }
 
+    /// These, and `after` them those.
+    #[cfg(feature = "cube")]
+    pub(super) fn followed_by(self, after: Self) -> Self {
+        let cat = |a, b| Tensor::cat(vec![a, b], 2);
+        Self {
+            k: cat(self.k, after.k),
+            shared: self.shared.zip(after.shared).map(|(a, b)| cat(a, b)),
+            v: cat(self.v, after.v),
+        }
+    }
+
     /// Shapes of whole keys and of values.
     fn dims(&self) -> ([usize; 4], [usize; 4]) {
         let mut k = self.k.dims();

@@ -141,7 +141,7 @@ fn split<B: Backend>(
 }
 
 /// Keys with their shared channels in every head.
-fn join_keys<B: Backend>(kv: KeyValue<B>) -> KeyValue<B> {
+pub(super) fn join_keys<B: Backend>(kv: KeyValue<B>) -> KeyValue<B> {
     let Some(shared) = kv.shared else { return kv };
     let heads = kv.k.dims()[1];
     KeyValue {

@@ -6,6 +6,8 @@
 
 #![allow(dead_code, reason = "every test binary uses its own part")]
 
+#[cfg(feature = "flex")]
+pub(crate) mod attend;
 pub(crate) mod layer;
 pub(crate) mod oracle;
 

@@ -23,10 +23,7 @@
 use burn_cubecl::cubecl;
 use cubecl::prelude::*;
 
-use super::plan::Shape;
-
-/// Below any score, and finite.
-const LOWEST: f32 = -1e30;
+use super::{LOWEST, across, plan::Shape};
 
 /// With one part a row, `out` is the result `[rows, heads, values]`; with several, what
 /// [`combine`](super::combine) makes the result of: `[rows, parts, heads, values + 2]`, the last two vectors being
@@ -389,17 +386,6 @@ fn compare<F: Float, P: Float, N: Size>(
             sync_cube();
         }
     }
-}
-
-/// The sum of a vector's entries.
-#[cube]
-fn across<N: Size>(x: Vector<f32, N>) -> f32 {
-    let mut sum = 0.0f32;
-    #[unroll]
-    for e in 0..N::value() {
-        sum += x[e];
-    }
-    sum
 }
 
 /// The sum over `lanes` neighbouring units of a plane, in each of them.

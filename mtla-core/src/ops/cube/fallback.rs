@@ -71,13 +71,13 @@ pub fn require_kernel(required: bool) {
 ///
 /// # Panics
 /// If kernels are required.
-pub(super) fn fall_back(reason: &Unavailable) {
+pub(super) fn fall_back(operation: &str, reason: &Unavailable) {
     static SAID: Mutex<Vec<String>> = Mutex::new(Vec::new());
     assert!(
         !REQUIRED.load(Ordering::Relaxed),
-        "decode: a kernel is required, and there is none for {reason}"
+        "{operation}: a kernel is required, and there is none for {reason}"
     );
-    let said = format!("decode: no kernel for {reason}; the plain form runs instead");
+    let said = format!("{operation}: no kernel for {reason}; the plain form runs instead");
     let mut all = SAID.lock().unwrap_or_else(PoisonError::into_inner);
     if !all.contains(&said) {
         log::warn!("{said}");

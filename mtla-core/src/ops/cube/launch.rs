@@ -137,7 +137,8 @@ pub fn poison_outputs(poison: bool) {
     POISON.store(poison, Ordering::Relaxed);
 }
 
-fn empty<R: CubeRuntime>(
+/// A new tensor, its rows one after the other.
+pub(super) fn empty<R: CubeRuntime>(
     client: &ComputeClient<R>,
     device: &R::Device,
     shape: Shape,

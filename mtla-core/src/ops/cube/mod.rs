@@ -1,11 +1,13 @@
 //! The operations of attention as CubeCL kernels, for every backend that CubeCL compiles for.
 //!
+//! * `attend` is the attention of whole sequences;
 //! * `decode.rs` is the decoding kernel, `combine.rs` the one after it where rows have several parts;
 //! * `plan.rs` chooses sizes from problem and device, and knows what cannot run;
 //! * `launch.rs` makes room for results and launches;
 //! * `fusion.rs` is the same under Burn's fusion, as a custom operation;
 //! * `fallback.rs` is for when there is no kernel.
 
+mod attend;
 mod combine;
 mod decode;
 mod fallback;
@@ -19,11 +21,27 @@ use burn_cubecl::{
 };
 
 use super::{DecodeOperands, DecodeProblem, plain};
+use burn_cubecl::cubecl;
+use cubecl::prelude::*;
 pub use fallback::{KernelError, Unavailable, require_kernel};
 pub use launch::poison_outputs;
 use launch::{Operands, launch};
 use plan::{DecodePlan, Types};
 pub use plan::{Planes, use_planes};
+
+/// Below any score, and finite.
+const LOWEST: f32 = -1e30;
+
+/// The sum of a vector's entries.
+#[cube]
+fn across<N: Size>(x: Vector<f32, N>) -> f32 {
+    let mut sum = 0.0f32;
+    #[unroll]
+    for e in 0..N::value() {
+        sum += x[e];
+    }
+    sum
+}
 
 /// What a step gives: the result `[rows, heads, value_width]`, and the pool.
 pub type Decoded<B> = (Tensor<B, 3>, Tensor<B, 2>);
@@ -63,6 +81,7 @@ where
     }
 }
 
+pub(super) use attend::{attend, attend_fused};
 pub(super) use fusion::decode as decode_fused;
 
 fn plan<R: CubeRuntime, B: Backend<Device = R::Device>>(
@@ -89,7 +108,7 @@ fn plan_or_fall_back<R: CubeRuntime, B: Backend<Device = R::Device>>(
 ) -> Option<DecodePlan> {
     operands.check(problem);
     plan::<R, _>(operands, problem)
-        .inspect_err(fallback::fall_back)
+        .inspect_err(|reason| fallback::fall_back("decode", reason))
         .ok()
 }
 

@@ -25,7 +25,7 @@ const BLOCK: usize = 4;
 /// Units that share a comparison, at least: neighbours then read neighbouring channels, from different banks.
 const LANES: usize = 8;
 /// Sums that a unit keeps in registers, at most.
-const SUMS: usize = 128;
+pub(super) const SUMS: usize = 128;
 /// Elements of a vector, at most.
 const VECTOR: usize = 4;
 /// Cubes that keep a multiprocessor busy, how many of them to expect where a device does not say, and the
@@ -137,7 +137,8 @@ impl DecodePlan {
         if rows == 0 || rows > most_rows as usize || kv_heads > most_heads as usize {
             return Err(Unavailable::Grid { rows, kv_heads });
         }
-        let vector = vector(problem.layout, types, device);
+        let widths = [problem.layout.key_width(), problem.layout.value_width()];
+        let vector = vector(&widths, types.float.size().max(types.pool.size()), device);
         let mut shape = shape(problem, types, vector, device)?;
         let multiprocessors = device.hardware.num_streaming_multiprocessors;
         let cubes = CUBES * multiprocessors.map_or(MULTIPROCESSORS, |n| n as usize);
@@ -155,18 +156,25 @@ impl DecodePlan {
     }
 }
 
+/// Whether the device loads, stores and converts numbers of this type.
+fn is_usable(dtype: DType, device: &DeviceProperties) -> bool {
+    let usage = TypeUsage::Buffer | TypeUsage::Conversion;
+    device.type_usage(dtype.into()).is_superset(usage)
+}
+
+/// Whether kernels take floats of this type on the device.
+pub(super) fn is_float(dtype: DType, device: &DeviceProperties) -> bool {
+    matches!(dtype, DType::F32 | DType::F16 | DType::BF16) && is_usable(dtype, device)
+}
+
 fn check_types(types: Types, device: &DeviceProperties) -> Result<(), Unavailable> {
-    let usable = |dtype: DType| {
-        let usage = TypeUsage::Buffer | TypeUsage::Conversion;
-        device.type_usage(dtype.into()).is_superset(usage)
-    };
-    let float = |dtype| matches!(dtype, DType::F32 | DType::F16 | DType::BF16) && usable(dtype);
+    let float = |dtype| is_float(dtype, device);
     let missing = |operand, dtype| Err(Unavailable::Type { operand, dtype });
     match types {
         Types { float: dtype, .. } if !float(dtype) => missing("queries", dtype),
         Types { row, .. } if row != types.float => missing("new rows", row),
         Types { pool, .. } if !float(pool) => missing("a pool", pool),
-        Types { table, .. } if !usable(table) => missing("a table", table),
+        Types { table, .. } if !is_usable(table, device) => missing("a table", table),
         Types {
             gates: Some(gates), ..
         } if gates != types.float => missing("gates", gates),
@@ -174,16 +182,12 @@ fn check_types(types: Types, device: &DeviceProperties) -> Result<(), Unavailabl
     }
 }
 
-/// The longest vector that divides everything and that the device loads at once.
-fn vector(layout: SlotLayout, types: Types, device: &DeviceProperties) -> usize {
-    let widest = types.float.size().max(types.pool.size());
-    let most =
-        (device.hardware.load_width as usize / (8 * widest)).min(device.hardware.max_vector_size);
-    let divides = |n: &usize| {
-        n.is_power_of_two()
-            && layout.key_width().is_multiple_of(*n)
-            && layout.value_width().is_multiple_of(*n)
-    };
+/// The longest vector of elements of this many bytes that divides all widths and that the device loads at once.
+pub(super) fn vector(widths: &[usize], bytes: usize, device: &DeviceProperties) -> usize {
+    let hardware = &device.hardware;
+    let most = (hardware.load_width as usize / (8 * bytes)).min(hardware.max_vector_size);
+    let divides =
+        |n: &usize| n.is_power_of_two() && widths.iter().all(|width| width.is_multiple_of(*n));
     (1..=most.min(VECTOR)).rev().find(divides).unwrap_or(1)
 }
 

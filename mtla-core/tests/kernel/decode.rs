@@ -1,10 +1,4 @@
-//! The CubeCL kernels against the plain form in 64 bits on the host, on fresh random inputs, and which form ran.
-//!
-//! Memory that a kernel is to write is filled with NaN before, and so is everything of a pool that no row holds.
-
-#![cfg(all(feature = "flex", feature = "wgpu"))]
-
-mod common;
+//! Decoding. Everything of a pool that no row holds is NaN.
 
 use std::{ops::Range, time::Instant};
 
@@ -13,7 +7,6 @@ use burn_autodiff::Autodiff;
 use burn_cubecl::cubecl::Runtime;
 use burn_flex::{Flex, FlexDevice};
 use burn_wgpu::{WgpuDevice, WgpuRuntime};
-use common::{Numbers, values};
 use mtla_core::{
     attention::{AttentionConfig, AttentionInput},
     cache::Cache,
@@ -25,19 +18,10 @@ use mtla_core::{
     testing::backends::{Wgpu, WgpuBare},
 };
 
-/// Counters and switches are of the whole process, so tests that use them don't run beside others.
-static ALONE: std::sync::Mutex<()> = std::sync::Mutex::new(());
-
-/// With the kernel or not at all, on poisoned memory.
-fn alone() -> std::sync::MutexGuard<'static, ()> {
-    let guard = ALONE
-        .lock()
-        .unwrap_or_else(std::sync::PoisonError::into_inner);
-    cube::require_kernel(true);
-    cube::poison_outputs(true);
-    cube::use_planes(Planes::Reported);
-    guard
-}
+use crate::{
+    alone,
+    common::{Numbers, values},
+};
 
 /// A random step and its operands as numbers.
 struct Case {

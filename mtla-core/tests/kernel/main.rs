@@ -1,0 +1,27 @@
+//! The CubeCL kernels against the plain form in 64 bits on the host, on fresh random inputs, and which form ran.
+//!
+//! Memory that a kernel is to write is filled with NaN before.
+
+#![cfg(all(feature = "flex", feature = "wgpu"))]
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod attend;
+mod decode;
+
+use mtla_core::ops::cube::{self, Planes};
+
+/// Counters and switches are of the whole process, so tests that use them don't run beside others.
+static ALONE: std::sync::Mutex<()> = std::sync::Mutex::new(());
+
+/// With the kernel or not at all, on poisoned memory.
+pub(crate) fn alone() -> std::sync::MutexGuard<'static, ()> {
+    let guard = ALONE
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner);
+    cube::require_kernel(true);
+    cube::poison_outputs(true);
+    cube::use_planes(Planes::Reported);
+    guard
+}
