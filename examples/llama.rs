@@ -87,7 +87,7 @@ impl Program for Arguments {
     }
 }
 
-/// About 50 million parameters: 8 layers of width 512, two tokens a slot.
+/// About 60 million parameters: 8 layers of width 512, two tokens a slot.
 fn random<B: AttentionBackend>(device: &B::Device) -> anyhow::Result<Llama<B>> {
     let config = LlamaConfig {
         hidden_size: 512,
