@@ -535,6 +535,14 @@ fn generation_that_cannot_work_is_told() {
     folder.refuse("generate nowhere -p a", 1, &nowhere);
     folder.refuse("info nowhere", 1, &nowhere);
 
+    // Before any weights are read.
+    folder.write("model/model.safetensors", b"damaged");
+    refuse("-p a --top-p 1.5", 1, &["top_p is 1.5"]);
+    refuse("-p a --chat", 1, &["no chat template"]);
+    refuse("-p a", 1, &["not a whole safetensors file"]);
+    folder.write("model/generation_config.json", br#"{"top_k": "x"}"#);
+    refuse("-p a", 1, &["generation_config.json cannot be understood"]);
+
     let bare = Folder::new();
     fs::remove_file(bare.path("model/tokenizer.json")).unwrap();
     bare.refuse("generate model -p a", 1, &["tokenizer.json cannot be read"]);
