@@ -19,6 +19,9 @@ mod init;
 mod report;
 #[path = "language_model/settings.rs"]
 mod settings;
+#[cfg(test)]
+#[path = "language_model/tests.rs"]
+mod tests;
 #[path = "language_model/text.rs"]
 mod text;
 
@@ -54,7 +57,11 @@ use text::Text;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> anyhow::Result<()> {
-    let arguments = Arguments::parse();
+    run(Arguments::parse())
+}
+
+fn run(arguments: Arguments) -> anyhow::Result<()> {
+    let sampling = arguments.sampling()?;
     let backend = arguments.backend();
     let (settings, init) = arguments.settings()?;
     if arguments.show_settings {
@@ -64,6 +71,7 @@ fn main() -> anyhow::Result<()> {
     backend.run(LanguageModelRun {
         arguments,
         settings,
+        sampling,
         init,
     })
 }
@@ -72,6 +80,7 @@ fn main() -> anyhow::Result<()> {
 struct LanguageModelRun {
     arguments: Arguments,
     settings: Settings,
+    sampling: GenerationConfig,
     init: Option<Init>,
 }
 
@@ -80,6 +89,7 @@ impl Program for LanguageModelRun {
         let Self {
             arguments,
             mut settings,
+            sampling,
             init,
         } = self;
         let run = arguments.run_directory(&settings);
@@ -117,12 +127,7 @@ impl Program for LanguageModelRun {
         report.print();
         // Training has ended, so the run directory is free again.
         RunDir::open(&run)?.write("report.json", &serde_json::to_vec_pretty(&report)?)?;
-        write(
-            &model,
-            &codec,
-            &text.prompts(&arguments.prompt),
-            &arguments.sampling()?,
-        )
+        write(&model, &codec, &text.prompts(&arguments.prompt), &sampling)
     }
 }
 

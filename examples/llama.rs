@@ -19,10 +19,7 @@ use clap::Parser;
 use mtla_core::ops::AttentionBackend;
 use mtla_examples::{BackendKind, FloatKind, Program};
 use mtla_models::llama::{LatentSizes, Llama, LlamaConfig};
-use mtla_train::{
-    pretrained::{self, Pretrained},
-    progress::spinner,
-};
+use mtla_train::{pretrained::Pretrained, progress::spinner};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -45,9 +42,9 @@ struct Arguments {
     #[arg(long)]
     benchmark: bool,
     #[command(flatten)]
-    chat: chat::Options,
+    chat: chat::ChatOptions,
     #[command(flatten)]
-    measure: benchmark::Options,
+    measure: benchmark::BenchmarkOptions,
 }
 
 fn main() -> anyhow::Result<()> {
@@ -75,19 +72,20 @@ impl Program for Arguments {
             let llama = random::<B>(&device)?;
             return benchmark::run(&llama, &self.measure, &device);
         };
-        let directory = pretrained::directory(source)?;
-        let reading = spinner(format!("reading {}", directory.display()));
-        let model = Pretrained::<B>::load(&directory, self.dtype, &device)?;
+        let model = Pretrained::open(source)?;
+        let chat = (!self.benchmark).then(|| self.chat.prepare(&model));
+        let chat = chat.transpose()?;
+        let reading = spinner(format!("reading {}", model.directory.display()));
+        let llama = model.load::<B>(self.dtype, &device)?;
         reading.finish_and_clear();
-        if self.benchmark {
-            benchmark::run(&model.llama, &self.measure, &device)
-        } else {
-            chat::run(&model, &self.chat)
+        match chat {
+            Some(chat) => chat.run(&llama),
+            None => benchmark::run(&llama, &self.measure, &device),
         }
     }
 }
 
-/// About 50 million parameters: 8 layers of width 512, two tokens a slot.
+/// About 60 million parameters: 8 layers of width 512, two tokens a slot.
 fn random<B: AttentionBackend>(device: &B::Device) -> anyhow::Result<Llama<B>> {
     let config = LlamaConfig {
         hidden_size: 512,
@@ -98,4 +96,56 @@ fn random<B: AttentionBackend>(device: &B::Device) -> anyhow::Result<Llama<B>> {
     };
     let config = config.with_mtla(LatentSizes::for_head(64), 2)?;
     Ok(Llama::new(config, device)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use clap::CommandFactory;
+    use mtla_train::data::{codec::TextCodec, vocabulary::Vocabulary};
+
+    use super::*;
+
+    /// The `config.json` of a small Llama, its tokenizer, and no weights.
+    fn make(folder: &Path) {
+        let codec = TextCodec::from(Vocabulary::train(["some words"], 300).unwrap());
+        codec.save_pretrained(folder).unwrap();
+        let config = format!(
+            r#"{{"model_type": "llama", "vocab_size": {}, "hidden_size": 8, "intermediate_size": 8,
+                 "num_hidden_layers": 1, "num_attention_heads": 2}}"#,
+            codec.size()
+        );
+        std::fs::write(folder.join("config.json"), config).unwrap();
+    }
+
+    fn error(folder: &Path, more: &[&str]) -> String {
+        let arguments = ["llama", folder.to_str().unwrap()];
+        let arguments = Arguments::parse_from([&arguments[..], more].concat());
+        let error = BackendKind::best().run(arguments).unwrap_err();
+        format!("{error:#}")
+    }
+
+    #[test]
+    fn arguments_do_not_clash() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn what_a_chat_needs_is_checked_before_weights_are_read() {
+        let folder = tempfile::tempdir().unwrap();
+        make(folder.path());
+        let told = error(folder.path(), &["--temperature=-1"]);
+        assert!(told.contains("temperature is -1"), "{told}");
+        assert!(error(folder.path(), &[]).contains("neither model.safetensors"));
+
+        std::fs::remove_file(folder.path().join("tokenizer.json")).unwrap();
+        let told = error(folder.path(), &[]);
+        assert!(
+            told.contains("--benchmark") && told.contains("tokenizer.json"),
+            "{told}"
+        );
+        let told = error(folder.path(), &["--benchmark"]);
+        assert!(told.contains("neither model.safetensors"), "{told}");
+    }
 }

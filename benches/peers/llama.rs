@@ -89,10 +89,7 @@ impl Peer {
         }
         let start = Instant::now();
         let mut begun = None;
-        let mut bytes = 0;
         while !engine.is_idle() {
-            // The last step gives the cache back.
-            bytes = bytes.max(engine.live_bytes());
             let events = try_read_sync(engine.advance()).context("a native target")??;
             ensure!(
                 !events
@@ -104,6 +101,7 @@ impl Peer {
         let begun = begun.context("no tokens")?;
         let (prefill, decode) = (begun.duration_since(start), begun.elapsed());
         let ms = |time: std::time::Duration| time.as_secs_f64() * 1e3;
+        let bytes = engine.peak_bytes();
         Ok(format!("{} {} {bytes}", ms(prefill), ms(decode)))
     }
 }

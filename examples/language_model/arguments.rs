@@ -1,6 +1,6 @@
 //! The command line, and what it changes in the settings.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{bail, ensure};
 use clap::{Parser, ValueEnum};
@@ -38,7 +38,7 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "PATH")]
     data: Option<PathBuf>,
     /// What to train on from: a run directory, a Llama's directory (`config.json`, `model.safetensors`,
-    /// `tokenizer.json`), or `hub:owner/name`.
+    /// `tokenizer.json`), or `hub:owner/name`. The run keeps it: with `--run` it need not be given again.
     #[arg(long, value_name = "MODEL")]
     init: Option<String>,
     /// Where to keep checkpoints, metrics and samples [default: `runs/<data>-<attention>`].
@@ -171,7 +171,11 @@ impl Arguments {
                 AttentionConfig::Mtla { down_rate, .. } => format!("mtla-s{down_rate}"),
             };
             let form = if self.llama { "-llama" } else { "" };
-            let tuned = if self.init.is_some() { "-tuned" } else { "" };
+            let tuned = if settings.init.is_some() {
+                "-tuned"
+            } else {
+                ""
+            };
             PathBuf::from("runs").join(format!("{data}-{attention}{form}{tuned}"))
         })
     }
@@ -186,10 +190,13 @@ impl Arguments {
             Some(path) => Settings::read(path)?,
             None => Settings::new(self.data.clone()),
         };
-        let init = match &self.init {
-            Some(model) => {
-                self.refuse_other_model()?;
-                Some(Init::find(model, &mut settings)?)
+        if let Some(source) = self.init_of_run()? {
+            settings.init = Some(source);
+        }
+        let init = match settings.init.clone() {
+            Some(source) => {
+                self.refuse_other_model(&source)?;
+                Some(self.find_init(&source, &mut settings)?)
             }
             None => None,
         };
@@ -204,7 +211,38 @@ impl Arguments {
         Ok((settings, init))
     }
 
-    fn refuse_other_model(&self) -> anyhow::Result<()> {
+    /// What the run starts from: the source that is given, or else the one that it was begun with.
+    fn init_of_run(&self) -> anyhow::Result<Option<String>> {
+        if let Some(given) = &self.init {
+            // Without a slash at the end.
+            let given: PathBuf = Path::new(given).components().collect();
+            return Ok(Some(given.to_string_lossy().into_owned()));
+        }
+        match &self.run {
+            Some(run) if self.config.is_none() && run.join("config.json").exists() => {
+                Ok(Settings::of_run(run)?.init)
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// Finds the model to start from. A file of settings decides whatever the shape of the weights does not.
+    fn find_init(&self, source: &str, settings: &mut Settings) -> anyhow::Result<Init> {
+        let written = settings.clone();
+        let init = Init::find(source, settings)?;
+        if let Some(path) = &self.config {
+            let shape = |model: &DecoderConfig| set_dropout(model.clone(), 0.0);
+            ensure!(
+                shape(&settings.model) == shape(&written.model),
+                "the model in {} is not that of {source}, which it names as `init`",
+                path.display()
+            );
+            *settings = written;
+        }
+        Ok(init)
+    }
+
+    fn refuse_other_model(&self, source: &str) -> anyhow::Result<()> {
         let given = [
             ("--attention", self.attention.is_some()),
             ("--down-rate", self.down_rate.is_some()),
@@ -216,7 +254,9 @@ impl Arguments {
         ];
         match given.iter().find(|(_, given)| *given) {
             Some((flag, _)) => {
-                bail!("{flag} cannot be changed with --init: the weights are of one shape")
+                bail!(
+                    "{flag} cannot be changed: the weights come from {source} and are of one shape"
+                )
             }
             None => Ok(()),
         }
@@ -258,8 +298,7 @@ impl Arguments {
             model.attention = model.attention.clone().with_down_rate(rate);
         }
         if let Some(dropout) = self.dropout {
-            model.dropout = dropout;
-            model.attention = model.attention.clone().with_dropout(dropout);
+            *model = set_dropout(model.clone(), dropout);
         }
         Ok(())
     }
@@ -286,6 +325,14 @@ impl Arguments {
             // A short run has a short warm-up.
             trainer.learning_rate.warmup = trainer.learning_rate.warmup.min(steps / 4);
         }
+    }
+}
+
+fn set_dropout(model: DecoderConfig, dropout: f64) -> DecoderConfig {
+    DecoderConfig {
+        dropout,
+        attention: model.attention.with_dropout(dropout),
+        ..model
     }
 }
 

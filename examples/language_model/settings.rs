@@ -18,6 +18,9 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Settings {
+    /// What the weights come from, as [`Init::find`](crate::init::Init::find) takes it; fresh ones unless given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) init: Option<String>,
     /// The text.
     #[serde(default)]
     pub(crate) data: DataSettings,
@@ -107,6 +110,7 @@ impl Settings {
             ..DataSettings::default()
         };
         Self {
+            init: None,
             data,
             model,
             trainer,

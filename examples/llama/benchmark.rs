@@ -16,7 +16,7 @@ use mtla_train::{
 use serde::Serialize;
 
 #[derive(Debug, Clone, Args, Serialize)]
-pub(crate) struct Options {
+pub(crate) struct BenchmarkOptions {
     /// Benchmark: rows computed together.
     #[arg(long, value_name = "N", default_value = "1", value_parser = positive)]
     batch: usize,
@@ -64,7 +64,7 @@ struct Report {
 /// Measures the model, and prints what came out.
 pub(crate) fn run<B: AttentionBackend>(
     llama: &Llama<B>,
-    options: &Options,
+    options: &BenchmarkOptions,
     device: &B::Device,
 ) -> anyhow::Result<()> {
     let progress = bar("measuring", options.repeat + 1);
@@ -105,7 +105,7 @@ pub(crate) fn run<B: AttentionBackend>(
 /// Takes a prompt into a fresh cache and decodes greedily. Reading the chosen tokens back waits for the device.
 fn once<B: AttentionBackend>(
     llama: &Llama<B>,
-    options: &Options,
+    options: &BenchmarkOptions,
     device: &B::Device,
 ) -> anyhow::Result<Run> {
     let (model, rows) = (&llama.decoder, options.batch);

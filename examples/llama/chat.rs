@@ -2,16 +2,18 @@
 
 use std::io::{IsTerminal, Write, stderr, stdin, stdout};
 
+use anyhow::Context;
 use clap::Args;
 use mtla_core::ops::AttentionBackend;
 use mtla_models::{
     generate::{FinishReason, Generation, GenerationConfig},
+    llama::Llama,
     tokenizer::{Chat, Message, Tokenizer},
 };
 use mtla_train::pretrained::Pretrained;
 
 #[derive(Debug, Args)]
-pub(crate) struct Options {
+pub(crate) struct ChatOptions {
     /// Say this alone, and stop after the answer.
     #[arg(long, value_name = "TEXT", conflicts_with = "benchmark")]
     prompt: Option<String>,
@@ -29,45 +31,67 @@ pub(crate) struct Options {
     seed: u64,
 }
 
-impl Options {
+impl ChatOptions {
     /// Whether there is something to say.
     pub(crate) fn is_given(&self) -> bool {
         self.prompt.is_some()
     }
+
+    /// Whatever a chat needs besides the weights.
+    pub(crate) fn prepare(&self, model: &Pretrained) -> anyhow::Result<Prepared<'_>> {
+        let tokenizer = model
+            .tokenizer()
+            .context("a chat needs the model's tokenizer; --benchmark needs none")?;
+        let mut sampling = model.generation_config(&tokenizer)?;
+        sampling.max_new_tokens = Some(self.max_new_tokens);
+        sampling.num_return_sequences = 1;
+        sampling.seed = self.seed;
+        if let Some(temperature) = self.temperature {
+            sampling = sampling.with_temperature(temperature).with_num_beams(1);
+        }
+        sampling.validate()?;
+        Ok(Prepared {
+            options: self,
+            tokenizer,
+            sampling,
+        })
+    }
 }
 
-/// Answers the prompt, or each line of standard input until it ends.
-pub(crate) fn run<B: AttentionBackend>(
-    model: &Pretrained<B>,
-    options: &Options,
-) -> anyhow::Result<()> {
-    let tokenizer = model.tokenizer()?;
-    let mut sampling = model.generation_config(&tokenizer)?;
-    sampling.max_new_tokens = Some(options.max_new_tokens);
-    sampling.num_return_sequences = 1;
-    sampling.seed = options.seed;
-    if let Some(temperature) = options.temperature {
-        sampling = sampling.with_temperature(temperature).with_num_beams(1);
-    }
-    sampling.validate()?;
-    let mut conversation = Conversation {
-        model,
-        tokenizer: &tokenizer,
-        sampling,
-        system: options.system.clone(),
-        messages: Vec::new(),
-    };
-    if let Some(prompt) = &options.prompt {
-        return conversation.answer(prompt);
-    }
+/// A chat without the model.
+#[derive(Debug)]
+pub(crate) struct Prepared<'a> {
+    options: &'a ChatOptions,
+    tokenizer: Tokenizer,
+    sampling: GenerationConfig,
+}
 
+impl Prepared<'_> {
+    /// Answers the prompt, or each line of standard input until it ends.
+    pub(crate) fn run<B: AttentionBackend>(self, llama: &Llama<B>) -> anyhow::Result<()> {
+        let mut conversation = Conversation {
+            llama,
+            tokenizer: &self.tokenizer,
+            sampling: self.sampling,
+            system: self.options.system.clone(),
+            messages: Vec::new(),
+        };
+        match &self.options.prompt {
+            Some(prompt) => conversation.answer(prompt),
+            None => talk(&mut conversation),
+        }
+    }
+}
+
+/// Answers each line of standard input.
+fn talk<B: AttentionBackend>(conversation: &mut Conversation<'_, B>) -> anyhow::Result<()> {
     let person = stdin().is_terminal();
     if person {
         ctrlc::set_handler(|| {
             println!();
             std::process::exit(0);
         })?;
-        let kind = if tokenizer.has_chat_template() {
+        let kind = if conversation.tokenizer.has_chat_template() {
             "chat"
         } else {
             "no chat template: the model continues the text"
@@ -96,7 +120,7 @@ pub(crate) fn run<B: AttentionBackend>(
 }
 
 struct Conversation<'m, B: AttentionBackend> {
-    model: &'m Pretrained<B>,
+    llama: &'m Llama<B>,
     tokenizer: &'m Tokenizer,
     sampling: GenerationConfig,
     system: Option<String>,
@@ -108,7 +132,7 @@ impl<B: AttentionBackend> Conversation<'_, B> {
     fn answer(&mut self, message: &str) -> anyhow::Result<()> {
         self.messages.push(Message::user(message));
         let prompt = self.prompt()?;
-        let context = self.model.llama.config.max_position_embeddings;
+        let context = self.llama.config.max_position_embeddings;
         if prompt.len() > context {
             eprintln!(
                 "the conversation has {} tokens, and the model has learned from {context}; /reset forgets it",
@@ -125,7 +149,7 @@ impl<B: AttentionBackend> Conversation<'_, B> {
             answer += &text;
             stdout().flush()
         };
-        for events in Generation::new(&self.model.llama.decoder, &[prompt], &self.sampling)? {
+        for events in Generation::new(&self.llama.decoder, &[prompt], &self.sampling)? {
             for event in events? {
                 if event.finish != Some(FinishReason::Stop) {
                     show(stream.push(event.token)?)?;

@@ -1,26 +1,26 @@
 //! A checkpoint by its directory or its name on the hub, as programs take it from their users.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use burn::tensor::backend::Backend;
 use mtla_core::ops::AttentionBackend;
 use mtla_models::{
     checkpoint::CheckpointError,
-    generate::{GenerationConfig, LanguageModel},
+    generate::GenerationConfig,
     hub::{HubError, ModelSource},
-    llama::{Llama, LoadOptions},
+    llama::{Llama, LlamaConfig, LoadOptions},
     tokenizer::{Tokenizer, TokenizerError},
 };
 
 use crate::backend::FloatKind;
 
-/// A Llama and where it came from.
-#[derive(Debug)]
-pub struct Pretrained<B: Backend> {
-    /// The directory of its files.
+/// The directory of a Llama, of which no weights are read until [`load`](Self::load): whatever can be wrong with an
+/// order is found before that.
+#[derive(Debug, Clone)]
+pub struct Pretrained {
+    /// Where its files are.
     pub directory: PathBuf,
-    /// The model.
-    pub llama: Llama<B>,
+    /// Its `config.json`.
+    pub config: LlamaConfig,
 }
 
 /// Why there is no model to work with.
@@ -42,18 +42,10 @@ pub enum PretrainedError {
         /// The type.
         dtype: burn::tensor::DType,
     },
-    /// The defaults of generation cannot be understood.
-    #[error("{}: {source}; correct this field", path.display())]
-    Generation {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong.
-        source: serde_json::Error,
-    },
     /// The hub.
     #[error(transparent)]
     Hub(#[from] HubError),
-    /// The weights.
+    /// The configuration, the defaults of generation or the weights.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
     /// The tokenizer.
@@ -61,42 +53,20 @@ pub enum PretrainedError {
     Tokenizer(#[from] TokenizerError),
 }
 
-/// The directory of `source`: a directory itself, or `hub:owner/name`, which is fetched if it has to be.
-///
-/// # Errors
-/// [`PretrainedError`] if there is no such directory, or the hub does not give it.
-pub fn directory(source: &str) -> Result<PathBuf, PretrainedError> {
-    let path = ModelSource::parse(source)?.resolve()?;
-    if path.is_dir() {
-        return Ok(path);
-    }
-    Err(PretrainedError::NoDirectory { path })
-}
-
-impl<B: AttentionBackend> Pretrained<B> {
-    /// Reads the model in `directory`, in the device's type of numbers unless `kind` is given.
+impl Pretrained {
+    /// Finds `source`: a directory, or `hub:owner/name`, which is fetched if it has to be.
     ///
     /// # Errors
-    /// [`PretrainedError`] if the checkpoint cannot be read, or the backend does not have these numbers.
-    pub fn load(
-        directory: &Path,
-        kind: Option<FloatKind>,
-        device: &B::Device,
-    ) -> Result<Self, PretrainedError> {
-        let dtype = kind.map(FloatKind::dtype);
-        if let Some(dtype) = dtype.filter(|dtype| !B::supports_dtype(device, *dtype)) {
-            return Err(PretrainedError::Type {
-                backend: B::name(device),
-                dtype,
-            });
+    /// [`PretrainedError`] if there is no such directory, the hub does not give it, or its `config.json` is that of no
+    /// Llama.
+    pub fn open(source: &str) -> Result<Self, PretrainedError> {
+        let directory = ModelSource::parse(source)?.resolve()?;
+        if !directory.is_dir() {
+            return Err(PretrainedError::NoDirectory { path: directory });
         }
-        let options = LoadOptions {
-            dtype,
-            ..LoadOptions::default()
-        };
         Ok(Self {
-            directory: directory.into(),
-            llama: Llama::from_pretrained_with(directory, &options, device)?,
+            config: LlamaConfig::from_pretrained(&directory)?,
+            directory,
         })
     }
 
@@ -106,7 +76,7 @@ impl<B: AttentionBackend> Pretrained<B> {
     /// [`PretrainedError`] if there is none, or it has tokens that the model does not know.
     pub fn tokenizer(&self) -> Result<Tokenizer, PretrainedError> {
         let tokenizer = Tokenizer::load(&self.directory)?;
-        tokenizer.fits(self.llama.decoder.vocab_size())?;
+        tokenizer.fits(self.config.vocab_size)?;
         Ok(tokenizer)
     }
 
@@ -118,16 +88,37 @@ impl<B: AttentionBackend> Pretrained<B> {
         &self,
         tokenizer: &Tokenizer,
     ) -> Result<GenerationConfig, PretrainedError> {
-        let mut config =
-            self.llama
-                .generation_config()
-                .map_err(|source| PretrainedError::Generation {
-                    path: self.directory.join("generation_config.json"),
-                    source,
-                })?;
+        let mut config = self.config.generation_config(&self.directory)?;
         if config.eos_token_id.is_empty() {
             config.eos_token_id = tokenizer.eos().into_iter().collect();
         }
         Ok(config)
+    }
+
+    /// Reads the weights, in the device's type of numbers unless `kind` is given.
+    ///
+    /// # Errors
+    /// [`PretrainedError`] if the checkpoint cannot be read, or the backend does not have these numbers.
+    pub fn load<B: AttentionBackend>(
+        &self,
+        kind: Option<FloatKind>,
+        device: &B::Device,
+    ) -> Result<Llama<B>, PretrainedError> {
+        let dtype = kind.map(FloatKind::dtype);
+        if let Some(dtype) = dtype.filter(|dtype| !B::supports_dtype(device, *dtype)) {
+            return Err(PretrainedError::Type {
+                backend: B::name(device),
+                dtype,
+            });
+        }
+        let options = LoadOptions {
+            dtype,
+            ..LoadOptions::default()
+        };
+        Ok(Llama::from_pretrained_with(
+            &self.directory,
+            &options,
+            device,
+        )?)
     }
 }

@@ -8,9 +8,16 @@ use std::{
     process::{Command, Output, Stdio},
 };
 
-use burn::{module::Module, tensor::backend::Backend};
+use burn::{
+    module::Module,
+    tensor::{Int, Tensor, TensorData, activation::log_softmax, backend::Backend},
+};
 use burn_flex::{Flex, FlexDevice};
-use mtla_models::llama::{Llama, LlamaConfig};
+use mtla_models::{
+    decoder::DecoderInput,
+    llama::{Llama, LlamaConfig},
+    tokenizer::Tokenizer,
+};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -194,8 +201,8 @@ fn samples_as_json_with_log_probabilities() {
             );
             assert!(logs.is_sorted_by(|a, b| a >= b), "{logs:?}");
             assert!(logs.iter().map(|x| x.exp()).sum::<f64>() < 1.0);
-            match top.iter().position(|one| one["token"] == *token) {
-                Some(place) => assert_eq!(chosen, logs[place]),
+            match top.iter().find(|one| one["token"] == *token) {
+                Some(one) => assert_eq!(place["chosen"], one["log_probability"]),
                 None => assert!(chosen <= logs[2]),
             }
         }
@@ -208,6 +215,43 @@ fn samples_as_json_with_log_probabilities() {
     for (part, line) in parts.iter().zip(&lines) {
         assert_eq!(part["tokens"], line["tokens"]);
     }
+}
+
+#[test]
+fn log_probabilities_are_those_of_the_model() {
+    let folder = Folder::new();
+    let line = &folder.lines(&[
+        "-p",
+        "The ferry",
+        "--max-new-tokens",
+        "1",
+        "--log-probs",
+        "4",
+    ])[0];
+    let top = line["log_probabilities"][0]["top"].as_array().unwrap();
+
+    let prompt = Tokenizer::load(folder.path("model")).unwrap();
+    let prompt = prompt.encode("The ferry").unwrap();
+    let ids = TensorData::new(prompt.clone(), [1, prompt.len()]);
+    let ids = Tensor::<Flex, 2, Int>::from_data(ids, &FlexDevice);
+    let llama = Llama::<Flex>::from_pretrained(folder.path("model"), &FlexDevice).unwrap();
+    let logits = llama.decoder.forward(DecoderInput::new(ids));
+    let logs = log_softmax(logits, 2).into_data().to_vec::<f32>().unwrap();
+    let last = &logs[logs.len() - VOCABULARY..];
+    let mut order: Vec<usize> = (0..VOCABULARY).collect();
+    order.sort_by(|a, b| last[*b].total_cmp(&last[*a]));
+
+    assert_eq!(top.len(), 4);
+    for (one, token) in top.iter().zip(order) {
+        assert_eq!(one["token"], token);
+        let told = one["log_probability"].as_f64().unwrap();
+        assert!((told - f64::from(last[token])).abs() < 1e-4, "{told}");
+    }
+    assert_eq!(line["tokens"][0], top[0]["token"]);
+    assert_eq!(
+        line["log_probabilities"][0]["chosen"],
+        top[0]["log_probability"]
+    );
 }
 
 #[test]
@@ -226,6 +270,7 @@ fn beams_come_with_scores_the_best_one_first() {
         "never",
         "--length-penalty",
         "-0.5",
+        "--log-probs",
     ]);
     let scores: Vec<f64> = lines
         .iter()
@@ -235,6 +280,15 @@ fn beams_come_with_scores_the_best_one_first() {
     assert!(scores.iter().all(|x| x.is_finite() && *x < 0.0));
     // The best one is first, and no two are one text.
     assert!(scores.is_sorted_by(|a, b| a > b), "{scores:?}");
+    for (line, score) in lines.iter().zip(scores) {
+        let places = line["log_probabilities"].as_array().unwrap();
+        let sum: f64 = places
+            .iter()
+            .map(|place| place["chosen"].as_f64().unwrap())
+            .sum();
+        let expected = sum / (places.len() as f64).powf(-0.5);
+        assert!((score - expected).abs() < 1e-4, "{score} {expected}");
+    }
 }
 
 #[test]
@@ -252,22 +306,38 @@ fn the_checkpoint_has_defaults_and_flags_go_before_them() {
     );
     let three = tokens(&["-p", "a", "--max-new-tokens", "3"]);
     assert_eq!(three.as_array().unwrap().len(), 3);
+}
 
-    let stop = folder.lines(&["-p", "a", "--greedy", "--max-new-tokens", "9"]);
-    let text = stop[0]["text"].as_str().unwrap();
-    let end = text.chars().nth(1).unwrap().to_string();
-    let stopped = folder.lines(&[
-        "-p",
-        "a",
-        "--greedy",
-        "--max-new-tokens",
-        "9",
-        "--stop",
-        &end,
-    ]);
-    assert_eq!(stopped[0]["reason"], "stop_string");
-    let stopped = stopped[0]["text"].as_str().unwrap();
+#[test]
+fn a_stop_string_ends_the_text_with_the_token_that_completes_it() {
+    let folder = Folder::new();
+    let arguments = ["-p", "a", "--greedy", "--max-new-tokens", "9", "--stop"];
+    let whole = folder.lines(&arguments[..5]);
+    let text = whole[0]["text"].as_str().unwrap();
+    let end = text.chars().skip(1).find(char::is_ascii_graphic);
+    let end = end.unwrap().to_string();
+    let stops = ["never seen", "--stop", &end];
+    let stopped = &folder.lines(&[&arguments[..], &stops].concat())[0];
+    assert_eq!(stopped["reason"], "stop_string");
+    let tokens = stopped["tokens"].as_array().unwrap();
+    let before = &whole[0]["tokens"].as_array().unwrap()[..tokens.len()];
+    assert_eq!(tokens, before);
+    let stopped = stopped["text"].as_str().unwrap();
     assert!(text.starts_with(stopped) && stopped.contains(&end));
+    let tokenizer = Tokenizer::load(folder.path("model")).unwrap();
+    let ids = |values: &[Value]| -> Vec<u32> {
+        let ids = values.iter().map(|id| id.as_u64().unwrap() as u32);
+        ids.collect()
+    };
+    let earlier = tokenizer.decode(&ids(&tokens[..tokens.len() - 1])).unwrap();
+    assert!(!earlier.contains(&end), "{earlier:?}");
+
+    // They take the place of the checkpoint's.
+    let defaults = json!({ "stop_strings": [end] }).to_string();
+    folder.write("model/generation_config.json", defaults.as_bytes());
+    assert_eq!(folder.lines(&arguments[..5])[0]["reason"], "stop_string");
+    let other = folder.lines(&[&arguments[..], &["never seen"]].concat());
+    assert_eq!(other[0]["tokens"], whole[0]["tokens"]);
 }
 
 #[test]
@@ -283,23 +353,8 @@ fn a_chat_goes_through_the_template() {
     assert_eq!(chat[0]["tokens"], text[0]["tokens"]);
 }
 
-#[test]
-fn a_converted_model_generates() {
-    let folder = Folder::new();
-    folder.write(
-        "text.txt",
-        "The ferry leaves at seven. ".repeat(40).as_bytes(),
-    );
-    let of_text = [
-        "convert",
-        "model",
-        "mtla",
-        "--text",
-        "text.txt",
-        "--kv-lora-rank",
-        "16",
-    ];
-    let table = folder.text(&of_text);
+/// The report of a conversion into `mtla`, as it is kept and as a table.
+fn check_report(folder: &Folder, table: &str) {
     assert_eq!(table.lines().count(), 5, "{table}");
     let kept = fs::read_to_string(folder.path("mtla/conversion.json")).unwrap();
     let kept: Value = serde_json::from_str(&kept).unwrap();
@@ -325,6 +380,25 @@ fn a_converted_model_generates() {
     );
     assert!(kept["made_with"]["versions"]["burn"].is_string());
     assert!(!folder.path("mtla.tmp").exists());
+}
+
+#[test]
+fn a_converted_model_generates() {
+    let folder = Folder::new();
+    folder.write(
+        "text.txt",
+        "The ferry leaves at seven. ".repeat(40).as_bytes(),
+    );
+    let of_text = [
+        "convert",
+        "model",
+        "mtla",
+        "--text",
+        "text.txt",
+        "--kv-lora-rank",
+        "16",
+    ];
+    check_report(&folder, &folder.text(&of_text));
 
     // What is there is not lost, unless that is asked for.
     let refused = folder.run(&of_text);
@@ -460,6 +534,14 @@ fn generation_that_cannot_work_is_told() {
     let nowhere = ["nowhere is no directory", "hub:"];
     folder.refuse("generate nowhere -p a", 1, &nowhere);
     folder.refuse("info nowhere", 1, &nowhere);
+
+    // Before any weights are read.
+    folder.write("model/model.safetensors", b"damaged");
+    refuse("-p a --top-p 1.5", 1, &["top_p is 1.5"]);
+    refuse("-p a --chat", 1, &["no chat template"]);
+    refuse("-p a", 1, &["not a whole safetensors file"]);
+    folder.write("model/generation_config.json", br#"{"top_k": "x"}"#);
+    refuse("-p a", 1, &["generation_config.json cannot be understood"]);
 
     let bare = Folder::new();
     fs::remove_file(bare.path("model/tokenizer.json")).unwrap();

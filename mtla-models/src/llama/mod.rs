@@ -80,10 +80,17 @@ impl<B: Backend> Llama<B> {
     /// # Errors
     /// If a field of `generation_config.json` cannot be understood.
     pub fn generation_config(&self) -> Result<GenerationConfig, serde_json::Error> {
-        let mut fields = self.generation.clone().unwrap_or_default();
-        if let Some(end) = self.config.other.get("eos_token_id") {
-            fields.entry("eos_token_id").or_insert_with(|| end.clone());
-        }
-        serde_json::from_value(fields.into())
+        generation_config(&self.config, self.generation.clone())
     }
+}
+
+fn generation_config(
+    config: &LlamaConfig,
+    generation: Option<Map<String, Value>>,
+) -> Result<GenerationConfig, serde_json::Error> {
+    let mut fields = generation.unwrap_or_default();
+    if let Some(end) = config.other.get("eos_token_id") {
+        fields.entry("eos_token_id").or_insert_with(|| end.clone());
+    }
+    serde_json::from_value(fields.into())
 }

@@ -5,15 +5,18 @@ use std::{fs, io::ErrorKind, path::Path};
 use burn::tensor::{DType, Tensor, backend::Backend};
 
 use super::{
-    Llama, LlamaConfig,
+    Llama, LlamaConfig, generation_config,
     keys::{KEYS, NO_WEIGHTS},
 };
-use crate::checkpoint::{
-    CheckpointError, SaveOptions, WeightsSummary,
-    files::{read_json, read_json_if_there, write_json},
-    load::load,
-    save::save,
-    weights::Weights,
+use crate::{
+    checkpoint::{
+        CheckpointError, SaveOptions, WeightsSummary,
+        files::{read_json, read_json_if_there, write_json},
+        load::load,
+        save::save,
+        weights::Weights,
+    },
+    generate::GenerationConfig,
 };
 
 const CONFIG: &str = "config.json";
@@ -71,8 +74,7 @@ impl<B: Backend> Llama<B> {
     ) -> Result<Self, CheckpointError> {
         let directory = directory.as_ref();
         let path = directory.join(CONFIG);
-        let mut config: LlamaConfig = read_json(&path)?;
-        config.validate().map_err(CheckpointError::config(&path))?;
+        let mut config = LlamaConfig::from_pretrained(directory)?;
         let generation = read_json_if_there(&directory.join(GENERATION))?;
         let weights = Weights::open(directory)?;
         check_layers(&config, &weights)?;
@@ -148,6 +150,31 @@ impl<B: Backend> Llama<B> {
 }
 
 impl LlamaConfig {
+    /// Reads the `config.json` of a checkpoint alone.
+    ///
+    /// # Errors
+    /// [`CheckpointError`] if it cannot be read, or is that of no Llama.
+    pub fn from_pretrained(directory: impl AsRef<Path>) -> Result<Self, CheckpointError> {
+        let path = directory.as_ref().join(CONFIG);
+        let config: Self = read_json(&path)?;
+        config.validate().map_err(CheckpointError::config(&path))?;
+        Ok(config)
+    }
+
+    /// How the checkpoint in a directory with this `config.json` is to be continued; what
+    /// [`Llama::generation_config`] says, without the weights.
+    ///
+    /// # Errors
+    /// [`CheckpointError`] if its `generation_config.json` cannot be understood.
+    pub fn generation_config(
+        &self,
+        directory: impl AsRef<Path>,
+    ) -> Result<GenerationConfig, CheckpointError> {
+        let path = directory.as_ref().join(GENERATION);
+        let generation = read_json_if_there(&path)?;
+        generation_config(self, generation).map_err(CheckpointError::json(&path))
+    }
+
     /// What the weights in a directory are that [`Llama::from_pretrained`] reads with this `config.json`; their
     /// numbers are not read.
     ///

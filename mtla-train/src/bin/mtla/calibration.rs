@@ -8,6 +8,7 @@ use clap::Args;
 use mtla_core::ops::AttentionBackend;
 use mtla_models::{
     generate::{Generation, GenerationConfig},
+    llama::Llama,
     tokenizer::Tokenizer,
 };
 use mtla_train::{pretrained::Pretrained, progress::bar};
@@ -47,11 +48,12 @@ impl Calibration {
     /// The text as rows of tokens, in batches.
     pub(crate) fn text<B: AttentionBackend>(
         &self,
-        model: &Pretrained<B>,
+        model: &Pretrained,
+        llama: &Llama<B>,
         device: &B::Device,
     ) -> anyhow::Result<Text<B>> {
         B::seed(device, self.seed);
-        let config = &model.llama.config;
+        let config = &model.config;
         let width = config.hidden_size;
         let tokens = self.tokens.unwrap_or(4096.max(2 * width));
         ensure!(
@@ -67,7 +69,7 @@ impl Calibration {
         );
         let rows = match &self.text {
             Some(_) => self.rows_of_file(model, count, length)?,
-            None => self.rows_of_model(model, count, length)?,
+            None => self.rows_of_model(llama, count, length)?,
         };
         let together = (BATCH / (length * config.vocab_size)).clamp(1, 8);
         let batches = rows
@@ -93,9 +95,9 @@ impl Calibration {
     }
 
     /// Rows of a file's text, each with the token before it that begins a text.
-    fn rows_of_file<B: AttentionBackend>(
+    fn rows_of_file(
         &self,
-        model: &Pretrained<B>,
+        model: &Pretrained,
         count: usize,
         length: usize,
     ) -> anyhow::Result<Vec<Vec<u32>>> {
@@ -113,7 +115,7 @@ impl Calibration {
             .take(count)
             .map(|ids| [&begin[..], ids].concat())
             .collect();
-        let (found, width) = (rows.len() * length, model.llama.config.hidden_size);
+        let (found, width) = (rows.len() * length, model.config.hidden_size);
         ensure!(
             found > width,
             "{} has {} tokens, which is too few: give a text of at least {}",
@@ -127,11 +129,11 @@ impl Calibration {
     /// Rows that the model writes at temperature 1.
     fn rows_of_model<B: AttentionBackend>(
         &self,
-        model: &Pretrained<B>,
+        llama: &Llama<B>,
         count: usize,
         length: usize,
     ) -> anyhow::Result<Vec<Vec<u32>>> {
-        let other = &model.llama.config.other;
+        let other = &llama.config.other;
         let begin = other.get("bos_token_id").and_then(Value::as_u64);
         let begin = begin.unwrap_or_default() as u32;
         let batches = count.div_ceil(TOGETHER);
@@ -142,7 +144,7 @@ impl Calibration {
                 .with_temperature(1.0)
                 .with_seed(self.seed.wrapping_add(number as u64))
                 .with_num_return_sequences(texts.len());
-            for events in Generation::new(&model.llama.decoder, &[[begin]], &sampling)? {
+            for events in Generation::new(&llama.decoder, &[[begin]], &sampling)? {
                 for event in events? {
                     texts[event.sample].push(event.token);
                 }

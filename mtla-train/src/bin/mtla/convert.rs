@@ -19,7 +19,7 @@ use mtla_train::{
     data::tokenizer_files::TokenizerFiles,
     disk::replace,
     measure::environment,
-    pretrained::{self, Pretrained},
+    pretrained::Pretrained,
     progress::{bar, spinner},
 };
 use serde_json::json;
@@ -154,13 +154,13 @@ impl Convert {
 
 impl Program for Convert {
     fn run<B: AttentionBackend>(self, device: B::Device) -> anyhow::Result<()> {
-        let directory = pretrained::directory(&self.model)?;
-        self.check_place(&directory)?;
+        let model = Pretrained::open(&self.model)?;
+        let directory = &model.directory;
+        self.check_place(directory)?;
         let reading = spinner(format!("reading {}", directory.display()));
-        let model = Pretrained::<B>::load(&directory, None, &device)?;
+        let old = model.load::<B>(None, &device)?;
         reading.finish_and_clear();
 
-        let old = &model.llama;
         let decoder = old.config.decoder()?;
         let conversion = self.conversion(&old.config);
         let attention = conversion.attention(&decoder.attention)?;
@@ -171,7 +171,7 @@ impl Program for Convert {
              only models without them can be converted",
             directory.join("config.json").display()
         );
-        let text = self.calibration.text(&model, &device)?;
+        let text = self.calibration.text(&model, &old, &device)?;
         let layers = bar("converting", decoder.n_layers);
         let converted = convert_with(&old.decoder, &decoder, &conversion, &text.batches, |_| {
             layers.inc(1);
@@ -198,8 +198,8 @@ impl Program for Convert {
         });
         let writing = spinner(format!("writing {}", self.out.display()));
         write(&self.out, |folder| {
-            new.save_pretrained_with(folder, &self.save_options(&old.config, &directory)?)?;
-            TokenizerFiles::read(&directory)?.write(folder)?;
+            new.save_pretrained_with(folder, &self.save_options(&old.config, directory)?)?;
+            TokenizerFiles::read(directory)?.write(folder)?;
             let path = folder.join("conversion.json");
             let text = serde_json::to_string_pretty(&description)? + "\n";
             replace(&path, text.as_bytes())

@@ -12,7 +12,7 @@ use mtla_models::{
 use mtla_train::{
     backend::{BackendKind, FloatKind, Program},
     measure::bytes,
-    pretrained::{self, Pretrained},
+    pretrained::Pretrained,
     progress::spinner,
 };
 
@@ -95,6 +95,24 @@ impl Generate {
         Ok(prompts)
     }
 
+    /// How they are continued.
+    fn config(
+        &self,
+        model: &Pretrained,
+        tokenizer: &Tokenizer,
+    ) -> anyhow::Result<GenerationConfig> {
+        let mut config = model.generation_config(tokenizer)?;
+        self.sampling.change(&mut config, tokenizer)?;
+        config.log_probabilities = self.log_probs;
+        config.validate()?;
+        ensure!(
+            !(self.stream && config.num_return_sequences > 1),
+            "--stream shows one text a prompt, not {}; leave it out, or add --num-return-sequences 1",
+            config.num_return_sequences
+        );
+        Ok(config)
+    }
+
     fn encode(&self, prompt: &str, tokenizer: &Tokenizer) -> anyhow::Result<Vec<u32>> {
         if !self.chat {
             return Ok(tokenizer.encode(prompt)?);
@@ -108,30 +126,21 @@ impl Generate {
 impl Program for Generate {
     fn run<B: AttentionBackend>(self, device: B::Device) -> anyhow::Result<()> {
         let prompts = self.prompts()?;
-        let directory = pretrained::directory(&self.model)?;
-        let reading = spinner(format!("reading {}", directory.display()));
-        let model = Pretrained::<B>::load(&directory, self.dtype, &device)?;
+        let model = Pretrained::open(&self.model)?;
         let tokenizer = Arc::new(model.tokenizer()?);
-        reading.finish_and_clear();
-
-        let mut config = model.generation_config(&tokenizer)?;
-        self.sampling.change(&mut config, &tokenizer)?;
-        config.log_probabilities = self.log_probs;
-        config.validate()?;
-        ensure!(
-            !(self.stream && config.num_return_sequences > 1),
-            "--stream shows one text a prompt, not {}; leave it out, or add --num-return-sequences 1",
-            config.num_return_sequences
-        );
+        let config = self.config(&model, &tokenizer)?;
         let prompts: Vec<Vec<u32>> = prompts
             .iter()
             .map(|prompt| self.encode(prompt, &tokenizer))
             .collect::<anyhow::Result<_>>()?;
         let longest = prompts.iter().map(Vec::len).max().unwrap_or_default();
-        let context = model.llama.config.max_position_embeddings;
+        let context = model.config.max_position_embeddings;
         if longest > context {
             eprintln!("a prompt has {longest} tokens, and the model has learned from {context}");
         }
+        let reading = spinner(format!("reading {}", model.directory.display()));
+        let llama = model.load::<B>(self.dtype, &device)?;
+        reading.finish_and_clear();
 
         let form = match (self.stream, self.json) {
             (true, _) => Form::Stream,
@@ -142,7 +151,7 @@ impl Program for Generate {
         let mut output = Output::new(&tokenizer, form)
             .with_headings(several)
             .with_messages(self.chat);
-        let mut engine = Engine::new(&model.llama.decoder);
+        let mut engine = Engine::new(&llama.decoder);
         let together = match form {
             Form::Stream => 1,
             _ => self.batch_size.get(),

@@ -1,15 +1,14 @@
 //! What a model is.
 
-use std::{fs, io::Write, path::PathBuf};
+use std::io::Write;
 
-use anyhow::Context;
 use clap::Args;
 use mtla_core::{attention::AttentionConfig, cache::CacheSpec, ops::AttentionBackend};
-use mtla_models::{decoder::DecoderConfig, llama::LlamaConfig, tokenizer::Tokenizer};
+use mtla_models::{decoder::DecoderConfig, tokenizer::Tokenizer};
 use mtla_train::{
     backend::{BackendKind, Program},
     measure::bytes,
-    pretrained,
+    pretrained::Pretrained,
 };
 
 /// Say what a model is and what its cache costs. No weights are read.
@@ -25,26 +24,14 @@ pub(crate) struct Info {
 
 impl Info {
     pub(crate) fn run(self) -> anyhow::Result<()> {
-        let directory = pretrained::directory(&self.model)?;
-        BackendKind::best().run(Description { directory })
+        BackendKind::best().run(self)
     }
 }
 
-struct Description {
-    directory: PathBuf,
-}
-
-impl Program for Description {
+impl Program for Info {
     fn run<B: AttentionBackend>(self, device: B::Device) -> anyhow::Result<()> {
-        let Self { directory } = self;
-        let path = directory.join("config.json");
-        let text = fs::read_to_string(&path)
-            .with_context(|| format!("{} cannot be read", path.display()))?;
-        let config: LlamaConfig = serde_json::from_str(&text)
-            .with_context(|| format!("{} cannot be understood", path.display()))?;
-        let decoder = config
-            .decoder()
-            .with_context(|| path.display().to_string())?;
+        let Pretrained { directory, config } = Pretrained::open(&self.model)?;
+        let decoder = config.decoder()?;
         let weights = config.weights_summary(&directory)?;
         let cache = decoder.attention.init::<B>(&device)?.cache_spec();
         let tokenizer = if directory.join("tokenizer.json").exists() {

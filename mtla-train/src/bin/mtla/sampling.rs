@@ -65,7 +65,8 @@ pub(crate) struct Sampling {
     /// Texts for each prompt: samples, or the best ones of beam search [1].
     #[arg(long, value_name = "N")]
     num_return_sequences: Option<usize>,
-    /// A string that ends a text: the text ends with the token that completes it; may be given several times.
+    /// A string that ends a text; may be given several times, in place of those of the checkpoint. It is printed, as is
+    /// the rest of the token that completes it; it may begin in the prompt.
     #[arg(long, value_name = "STRING")]
     stop: Vec<String>,
     /// Words that never come, alone or after a space; may be given several times.
