@@ -410,6 +410,7 @@ impl Step {
             stride,
             starts,
             max_slots,
+            common: vec![0; rows],
             scale: (layout.key_width() as f64).powf(-0.5),
         };
         Self {

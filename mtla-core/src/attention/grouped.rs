@@ -275,6 +275,7 @@ impl<B: AttentionBackend> GroupedAttention<B> {
             stride: 1,
             starts: plan.starts.clone(),
             max_slots: plan.table.max_slots,
+            common: plan.table.common.clone(),
             scale: self.scale(),
         };
         let heads = pool.update(|pool| {

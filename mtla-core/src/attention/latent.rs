@@ -314,6 +314,7 @@ impl<B: AttentionBackend> LatentAttention<B> {
             stride: self.stride,
             starts: plan.starts.clone(),
             max_slots: plan.table.max_slots,
+            common: plan.table.common.clone(),
             scale: self.scale(),
         };
         let context = pool.update(|pool| {

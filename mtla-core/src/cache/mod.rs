@@ -435,6 +435,8 @@ pub struct SlotTable<B: Backend> {
     pub max_slots: usize,
     /// Slots of each row.
     pub lengths: Vec<usize>,
+    /// Slots that each row begins with as the row before it does.
+    pub common: Vec<usize>,
 }
 
 impl<B: Backend> SlotTable<B> {
@@ -449,9 +451,15 @@ impl<B: Backend> SlotTable<B> {
             packed.resize(packed.len() + max_slots - slots.len(), last as i64);
         }
         let data = TensorData::new(packed, [lengths.len(), 1 + max_slots]);
+        let before = std::iter::once(&[][..]).chain(rows.iter().copied());
+        let alike = |(a, b): (&[usize], &&[usize])| {
+            let pairs = a.iter().zip(*b);
+            pairs.take_while(|(a, b)| a == b).count()
+        };
         Self {
             packed: Tensor::from_data(data, device),
             max_slots,
+            common: before.zip(rows).map(alike).collect(),
             lengths,
         }
     }

@@ -13,13 +13,15 @@ pub enum LaunchKind {
     HostDecode,
     /// `decode` of the backends that CubeCL compiles for.
     CubeDecode,
+    /// Those of them in which slots that rows share were read once for several rows.
+    CubeDecodeTeams,
     /// The second launch of it, where rows have several parts.
     CubeDecodeCombine,
     /// `attend` of those backends.
     CubeAttend,
 }
 
-static COUNTS: [AtomicU64; 6] = [const { AtomicU64::new(0) }; 6];
+static COUNTS: [AtomicU64; 7] = [const { AtomicU64::new(0) }; 7];
 
 #[cfg(any(feature = "flex", feature = "cube"))]
 pub(super) fn count(kind: LaunchKind) {

@@ -266,6 +266,9 @@ pub struct DecodeProblem {
     pub starts: Vec<usize>,
     /// Slots in the longest row's table, the new token's slot included.
     pub max_slots: usize,
+    /// Slots that each row's table begins with as that of the row before it does: as many as that or fewer, so that 0
+    /// is right for every row. Forms that read what rows share only once go by it.
+    pub common: Vec<usize>,
     /// Factor on the scores.
     pub scale: f64,
 }
@@ -298,6 +301,13 @@ impl DecodeProblem {
         shape("row", &row, &[rows, self.layout.width()])?;
         shape("pool", &pool, &[pool[0], self.layout.width()])?;
         shape("table", &table, &[rows, 1 + self.max_slots])?;
+        if self.common.len() != rows {
+            return Err(ProblemError::PerRow {
+                list: "common slots",
+                found: self.common.len(),
+                rows,
+            });
+        }
         for (row, start) in self.starts.iter().enumerate() {
             let needed = start / self.stride + 1;
             if needed > self.max_slots {

@@ -76,6 +76,13 @@ impl Case {
             .collect();
 
         let (slots, tables) = tables(&mut n, &starts, stride);
+        // What is common is a lower bound: now and then less is said than is true.
+        let mut common = common(&tables);
+        if n.below(4) == 0 {
+            common
+                .iter_mut()
+                .for_each(|count| *count = n.below(*count + 1));
+        }
         let max_slots = tables.iter().map(Vec::len).max().unwrap_or(1);
         let mut pool = vec![f64::NAN; slots * width];
         for (start, slots) in starts.iter().zip(&tables) {
@@ -113,6 +120,7 @@ impl Case {
                 stride,
                 starts,
                 max_slots,
+                common,
                 scale: (layout.key_width() as f64).powf(-0.5),
             },
         }
@@ -229,6 +237,14 @@ fn tables(n: &mut Numbers, starts: &[usize], stride: usize) -> (usize, Vec<Vec<u
     (slots, tables)
 }
 
+/// Slots that each row begins with as the row before it does.
+fn common(tables: &[Vec<usize>]) -> Vec<usize> {
+    let before = std::iter::once(&[][..]).chain(tables.iter().map(Vec::as_slice));
+    let alike =
+        |(a, b): (&[usize], &Vec<usize>)| a.iter().zip(b).take_while(|(a, b)| a == b).count();
+    before.zip(tables).map(alike).collect()
+}
+
 fn tensor<B: Backend, const D: usize>(
     values: &[f64],
     shape: [usize; D],
@@ -273,17 +289,19 @@ fn assert_close(found: &Found, expected: &Found, tolerance: [f64; 2], what: &str
     worst
 }
 
-/// Runs cases on a backend and says how many there were. Returns how many were divided into parts.
+/// Runs cases on a backend and says how many there were. Returns how many were divided into parts, and in how many
+/// rows that share slots read them together.
 fn compare<B: AttentionBackend<Device = WgpuDevice>>(
     name: &str,
     seeds: Range<u64>,
     size: &Size,
     types: [DType; 2],
     tolerance: [f64; 2],
-) -> u64 {
+) -> [u64; 2] {
     let device = WgpuDevice::default();
     let start = Instant::now();
     let (mut worst, mut in_parts, mut longest, mut rows) = (0.0f64, 0, 0, 0);
+    let teams = launches(LaunchKind::CubeDecodeTeams);
     for seed in seeds.clone() {
         let case = Case::new(seed, size);
         let operands = case.operands::<B>(&device, types);
@@ -299,12 +317,13 @@ fn compare<B: AttentionBackend<Device = WgpuDevice>>(
         let expected = case.expected(types);
         worst = worst.max(assert_close(&found, &expected, tolerance, &what));
     }
+    let teams = launches(LaunchKind::CubeDecodeTeams) - teams;
     println!(
-        "{name}: {} cases, {in_parts} in parts, up to {longest} tokens and {rows} rows, largest error {worst:.1e}, {:.1?}",
+        "{name}: {} cases, {in_parts} in parts, {teams} with teams of rows, up to {longest} tokens and {rows} rows, largest error {worst:.1e}, {:.1?}",
         seeds.end - seeds.start,
         start.elapsed(),
     );
-    in_parts
+    [in_parts, teams]
 }
 
 /// Launches of the two kernels.
@@ -321,8 +340,11 @@ const ROUNDED: [f64; 2] = [2e-3, 5e-4];
 #[test]
 fn decode_is_the_plain_one() {
     let _alone = alone();
-    let in_parts = compare::<WgpuBare>("bare", 0..220, &SMALL, F32, CLOSE);
-    assert!((20..200).contains(&in_parts), "both ways are taken");
+    let ways = compare::<WgpuBare>("bare", 0..220, &SMALL, F32, CLOSE);
+    assert!(
+        ways.iter().all(|count| (20..200).contains(count)),
+        "both ways are taken: {ways:?} of 220"
+    );
     compare::<WgpuBare>("bare, large", 1000..1030, &LARGE, F32, CLOSE);
 }
 
@@ -405,6 +427,7 @@ fn dense_slots_are_not_gated() {
             stride: 1,
             starts: vec![2],
             max_slots: 3,
+            common: vec![0],
             scale: 0.3,
         },
     };
@@ -451,6 +474,7 @@ fn what_cannot_be_run_says_why() {
                 stride: 1,
                 starts: vec![2],
                 max_slots: 3,
+                common: vec![0],
                 scale: 0.1,
             },
         }
@@ -533,6 +557,7 @@ impl<B: AttentionBackend> Stream<B> {
                 stride: 2,
                 starts: vec![0; rows],
                 max_slots: 1,
+                common: vec![0; rows],
                 scale: 0.2,
             },
             room,

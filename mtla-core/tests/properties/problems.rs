@@ -113,6 +113,7 @@ fn operands_of_decode() {
         stride: 2,
         starts: vec![5, 0],
         max_slots: 3,
+        common: vec![0, 0],
         scale: 1.0,
     };
     let (q, row, gates, pool, table) = ([2, 3, 6], [2, 6], Some([3, 5]), [9, 6], [2, 4]);
@@ -131,6 +132,18 @@ fn operands_of_decode() {
         assert_eq!(operand(wrong), "gate table");
     }
     assert_eq!(problem.validate(q, row, Some([4, 5]), pool, table), Ok(()));
+
+    let without = DecodeProblem {
+        common: vec![0],
+        ..problem.clone()
+    };
+    let wrong = without.validate(q, row, None, pool, table);
+    let expected = ProblemError::PerRow {
+        list: "common slots",
+        found: 1,
+        rows: 2,
+    };
+    assert_eq!(wrong, Err(expected));
 
     let (heads, kv_heads) = (3, 2);
     let layout = SlotLayout::Dense {

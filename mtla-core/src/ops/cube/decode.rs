@@ -1,13 +1,18 @@
-//! The decoding kernel: one cube for each row, key/value head and part of the row's slots.
+//! The decoding kernel: one cube for each team of rows, key/value head and part of the slots.
+//!
+//! A team is a few neighbouring rows that begin with the same slots, as the beams of a prompt do; often it is one row.
+//! First come tiles of the slots that all its rows have in common, then those of each row's own.
 //!
 //! A cube goes through its slots a tile at a time. A tile is loaded into shared memory once and serves all heads
-//! that share it; on the way the new token's slot is merged and written back. Between barriers the units of the
-//! cube (its threads) divide the work anew each time:
+//! that share it, in all rows of the team that have it; on the way the new token's slot is merged and written back.
+//! Between barriers the units of the cube (its threads) divide the work anew each time:
 //!
 //! 1. *load*: a vector of the tile each;
-//! 2. *compare*: a few slots with one head, by a handful of units (`lanes`) that add up their sums;
-//! 3. *weigh*: one score each, against the largest that the head has seen so far;
-//! 4. *sum*: some channels of some heads each, kept in registers to the end.
+//! 2. *compare*: a few slots with one query, by a handful of units (`lanes`) that add up their sums;
+//! 3. *weigh*: one score each, against the largest that the query has seen so far;
+//! 4. *sum*: some channels of some queries each, kept in registers to the end.
+//!
+//! A *query* is a head of a row of the team, and `head` without more is one of the heads of a row that share a key.
 //!
 //! All of it is in 32 bits. Loops with barriers in them run equally often in all units, by numbers that come from
 //! the launch and not from a buffer, as WebGPU demands; a part that ends before others goes on with empty tiles.
@@ -36,6 +41,7 @@ pub(super) fn decode_kernel<F: Float, P: Float, I: Int, O: Float, N: Size>(
     pool: &mut Tensor<Vector<P, N>>,
     table: &Tensor<I>,
     out: &mut Tensor<Vector<O, N>>,
+    tiles: TeamTiles,
     stride: u32,
     scale: f32,
     #[comptime] shape: Shape,
@@ -44,40 +50,46 @@ pub(super) fn decode_kernel<F: Float, P: Float, I: Int, O: Float, N: Size>(
     let unit = UNIT_POS as usize;
     let part = CUBE_POS_X as usize;
     let parts = CUBE_COUNT_X as usize;
-    let batch = CUBE_POS_Y as usize;
     let kv_head = CUBE_POS_Z as usize;
-
-    // The row's slots, and this cube's among them. Table entries are held within bounds.
-    let max_slots = table.shape(1) - 1;
-    let line = batch * (max_slots + 1);
-    let start = usize::cast_from(table[line]);
+    let first_row = CUBE_POS_Y as usize * shape.team;
+    let rows = q.shape(0);
+    let line = table.shape(1);
+    let (shared_tiles, own_tiles) = (tiles.shared as usize, tiles.own as usize);
     let stride = stride as usize;
-    let newest = min(start / stride, max_slots - 1);
-    let opens = start.is_multiple_of(stride);
-    let slots = newest + 1;
-    let length = slots.div_ceil(parts);
-    let first = part * length;
-    let end = min(first + length, slots);
-    let tiles = max_slots.div_ceil(parts).div_ceil(shape.tile);
 
     let mut scratch = SharedMemory::<f32>::new(shape.scratch);
     let mut tile = SharedMemory::<Vector<P, N>>::new(comptime!(shape.tile * shape.tile_width));
-    let mut scores = SharedMemory::<f32>::new(comptime!(shape.heads * shape.tile));
-    let mut weights = SharedMemory::<f32>::new(comptime!(shape.heads * shape.tile));
-    // The largest score of each head, before the tile and with it.
-    let mut largest_before = SharedMemory::<f32>::new(shape.heads);
-    let mut largest = SharedMemory::<f32>::new(shape.heads);
+    let mut scores = SharedMemory::<f32>::new(comptime!(shape.queries() * shape.tile));
+    let mut weights = SharedMemory::<f32>::new(comptime!(shape.queries() * shape.tile));
+    // The largest score of each query, before the tile and with it.
+    let mut largest_before = SharedMemory::<f32>::new(comptime!(shape.queries()));
+    let mut largest = SharedMemory::<f32>::new(comptime!(shape.queries()));
+    let mut gate_of = SharedMemory::<f32>::new(shape.team);
 
-    let gate = gate::<F, N>(row, gates, batch, newest, &mut scratch, shape);
-    for head in range_stepped(unit, shape.heads, shape.units) {
-        largest[head] = LOWEST;
+    #[unroll]
+    for member in 0..shape.team {
+        let row_number = min(first_row + member, rows - 1);
+        let newest = newest(table, row_number, stride);
+        let gate = gate::<F, N>(row, gates, row_number, newest, &mut scratch, shape);
+        if unit == 0 {
+            gate_of[member] = gate;
+        }
+        sync_cube();
+    }
+    let mut common = 0usize.runtime();
+    if comptime!(shape.team > 1) {
+        let limit = shared_tiles * shape.tile;
+        common = common_slots(table, first_row, rows, stride, limit, &mut scratch, shape);
+    }
+    for query in range_stepped(unit, comptime!(shape.queries()), shape.units) {
+        largest[query] = LOWEST;
     }
 
     let owner = Owner::new(unit, shape);
-    let mut sums = Array::<Vector<f32, N>>::new(comptime!(shape.sum_heads * shape.sum_vectors));
-    let mut totals = Array::<f32>::new(shape.sum_heads);
+    let mut sums = Array::<Vector<f32, N>>::new(comptime!(shape.sum_queries * shape.sum_vectors));
+    let mut totals = Array::<f32>::new(shape.sum_queries);
     #[unroll]
-    for h in 0..shape.sum_heads {
+    for h in 0..shape.sum_queries {
         totals[h] = 0.0;
         #[unroll]
         for v in 0..shape.sum_vectors {
@@ -86,25 +98,55 @@ pub(super) fn decode_kernel<F: Float, P: Float, I: Int, O: Float, N: Size>(
     }
     sync_cube();
 
-    for number in 0..tiles {
-        let begin = first + number * shape.tile;
+    let all_tiles = shared_tiles + own_tiles * shape.team;
+    let tiles_each = all_tiles.div_ceil(parts);
+    for number in 0..tiles_each {
+        // Which slots, by whose line of the table, and who sees them. Table entries are held within bounds.
+        let number = part * tiles_each + number;
+        let mut is_shared = false.runtime();
+        let mut member = number / own_tiles;
+        let mut begin = number % own_tiles * shape.tile;
+        if comptime!(shape.team > 1) {
+            is_shared = number < shared_tiles;
+            let number = select(is_shared, 0, number - shared_tiles);
+            member = number / own_tiles;
+            begin = common + number % own_tiles * shape.tile;
+        }
+        let row_number = min(first_row + member, rows - 1);
+        let start = usize::cast_from(table[row_number * line]);
+        let newest = newest(table, row_number, stride);
+        let opens = start.is_multiple_of(stride);
+        let mut end = newest + 1;
+        if member >= shape.team || first_row + member >= rows {
+            end = 0;
+        }
+        let mut first_query = member * shape.heads;
+        let mut queries = shape.heads.runtime();
+        if comptime!(shape.team > 1) && is_shared {
+            begin = number * shape.tile;
+            end = common;
+            first_query = 0;
+            queries = comptime!(shape.queries()).runtime();
+        }
 
-        for head in range_stepped(unit, shape.heads, shape.units) {
-            largest_before[head] = largest[head];
+        for query in range_stepped(unit, comptime!(shape.queries()), shape.units) {
+            largest_before[query] = largest[query];
         }
         for i in range_stepped(unit, comptime!(shape.tile * shape.tile_width), shape.units) {
             let slot_number = begin + i / shape.tile_width;
             let channel = i % shape.tile_width;
             let mut held = Vector::<P, N>::new(P::from_int(0));
             if slot_number < end {
-                let slot = usize::cast_from(table[line + 1 + slot_number]);
+                let slot = usize::cast_from(table[row_number * line + 1 + slot_number]);
                 let slot = min(slot, pool.shape(0) - 1);
                 let column = column(channel, kv_head, shape);
                 let place = slot * shape.slot_width + column;
                 held = pool[place];
-                if slot_number == newest {
-                    let new = Vector::<f32, N>::cast_from(row[batch * shape.slot_width + column]);
+                if slot_number == newest && !is_shared {
+                    let new = row[row_number * shape.slot_width + column];
+                    let new = Vector::<f32, N>::cast_from(new);
                     let before = Vector::<f32, N>::cast_from(held);
+                    let gate = gate_of[min(member, comptime!(shape.team - 1))];
                     held = Vector::cast_from(merge(new, before, gate, opens, channel, shape));
                     pool[place] = held;
                 }
@@ -113,59 +155,86 @@ pub(super) fn decode_kernel<F: Float, P: Float, I: Int, O: Float, N: Size>(
         }
         sync_cube();
 
+        let first_query = min(first_query, comptime!(shape.queries() - shape.heads));
+        let looking = Looking {
+            first_row,
+            first_query,
+            queries,
+        };
         compare(
             q,
             &tile,
             &mut scores,
             &mut scratch,
-            batch,
+            &looking,
             kv_head,
             scale,
             shape,
         );
         sync_cube();
 
-        for i in range_stepped(unit, comptime!(shape.heads * shape.tile), shape.units) {
-            let head = i / shape.tile;
+        for i in range_stepped(unit, queries * shape.tile, shape.units) {
+            let query = first_query + i / shape.tile;
             let slot = i % shape.tile;
-            let mut now = largest_before[head];
+            let mut now = largest_before[query];
             for other in 0..shape.tile {
                 if begin + other < end {
-                    now = max(now, scores[head * shape.tile + other]);
+                    now = max(now, scores[query * shape.tile + other]);
                 }
             }
             let mut weight = 0.0f32;
             if begin + slot < end {
-                weight = (scores[i] - now).exp();
+                weight = (scores[query * shape.tile + slot] - now).exp();
             }
-            weights[i] = weight;
+            weights[query * shape.tile + slot] = weight;
             if slot == 0 {
-                largest[head] = now;
+                largest[query] = now;
             }
         }
         sync_cube();
 
         #[unroll]
-        for h in 0..shape.sum_heads {
-            let head = owner.head(h, shape);
-            let factor = (largest_before[head] - largest[head]).exp();
+        for h in 0..shape.sum_queries {
+            let query = owner.query(h, shape);
+            let factor = (largest_before[query] - largest[query]).exp();
             totals[h] *= factor;
             #[unroll]
             for v in 0..shape.sum_vectors {
                 sums[h * shape.sum_vectors + v] *= Vector::new(factor);
             }
         }
-        for slot in 0..shape.tile {
-            #[unroll]
-            for v in 0..shape.sum_vectors {
-                let channel = shape.values_at + owner.vector(v, shape);
-                let value = Vector::<f32, N>::cast_from(tile[slot * shape.tile_width + channel]);
+        if comptime!(shape.team == 1) || is_shared {
+            for slot in 0..shape.tile {
                 #[unroll]
-                for h in 0..shape.sum_heads {
-                    let weight = weights[owner.head(h, shape) * shape.tile + slot];
-                    sums[h * shape.sum_vectors + v] += Vector::new(weight) * value;
-                    if comptime!(v == 0) {
+                for v in 0..shape.sum_vectors {
+                    let channel = shape.values_at + owner.vector(v, shape);
+                    let value =
+                        Vector::<f32, N>::cast_from(tile[slot * shape.tile_width + channel]);
+                    #[unroll]
+                    for h in 0..shape.sum_queries {
+                        let weight = weights[owner.query(h, shape) * shape.tile + slot];
+                        sums[h * shape.sum_vectors + v] += Vector::new(weight) * value;
+                        if comptime!(v == 0) {
+                            totals[h] += weight;
+                        }
+                    }
+                }
+            }
+        } else {
+            #[unroll]
+            for h in 0..shape.sum_queries {
+                let query = owner.query(h, shape);
+                if query / shape.heads == member {
+                    for slot in 0..shape.tile {
+                        let weight = weights[query * shape.tile + slot];
                         totals[h] += weight;
+                        #[unroll]
+                        for v in 0..shape.sum_vectors {
+                            let channel = shape.values_at + owner.vector(v, shape);
+                            let value = tile[slot * shape.tile_width + channel];
+                            sums[h * shape.sum_vectors + v] +=
+                                Vector::new(weight) * Vector::<f32, N>::cast_from(value);
+                        }
                     }
                 }
             }
@@ -174,10 +243,11 @@ pub(super) fn decode_kernel<F: Float, P: Float, I: Int, O: Float, N: Size>(
     }
 
     #[unroll]
-    for h in 0..shape.sum_heads {
-        if owner.has_head(h, shape) {
-            let local = owner.head(h, shape);
-            let head = kv_head * shape.heads + local;
+    for h in 0..shape.sum_queries {
+        let query = owner.query(h, shape);
+        let batch = first_row + query / shape.heads;
+        if owner.has_query(h, shape) && batch < rows {
+            let head = kv_head * shape.heads + query % shape.heads;
             let heads = comptime!(shape.heads * shape.kv_heads);
             #[unroll]
             for v in 0..shape.sum_vectors {
@@ -190,7 +260,7 @@ pub(super) fn decode_kernel<F: Float, P: Float, I: Int, O: Float, N: Size>(
                         out[line + vector] = Vector::cast_from(sum);
                         if vector == 0 {
                             out[line + shape.value_width] =
-                                Vector::cast_from(Vector::<f32, N>::new(largest[local]));
+                                Vector::cast_from(Vector::<f32, N>::new(largest[query]));
                             out[line + comptime!(shape.value_width + 1)] =
                                 Vector::cast_from(Vector::<f32, N>::new(totals[h]));
                         }
@@ -205,14 +275,75 @@ pub(super) fn decode_kernel<F: Float, P: Float, I: Int, O: Float, N: Size>(
     }
 }
 
-/// Which sums a unit keeps: the same channels of every `sum_groups`-th head, so that a value read from the tile
-/// serves several heads. Where there are more units than that, or the last round of heads or channels is not
+/// Tiles of slots that rows of a team have in common, and of a row's own, in the team that has most.
+#[derive(CubeType, CubeLaunch, Clone, Copy)]
+pub(super) struct TeamTiles {
+    pub(super) shared: u32,
+    pub(super) own: u32,
+}
+
+/// The place of the new token's slot in a row's line of the table.
+#[cube]
+fn newest<I: Int>(table: &Tensor<I>, row: usize, stride: usize) -> usize {
+    let line = table.shape(1);
+    min(usize::cast_from(table[row * line]) / stride, line - 2)
+}
+
+/// How many slots all rows of the team begin with, the slots of new tokens not among them, and `limit` at most; in
+/// every unit.
+#[cube]
+fn common_slots<I: Int>(
+    table: &Tensor<I>,
+    first_row: usize,
+    rows: usize,
+    stride: usize,
+    limit: usize,
+    scratch: &mut SharedMemory<f32>,
+    #[comptime] shape: Shape,
+) -> usize {
+    let unit = UNIT_POS as usize;
+    let line = table.shape(1);
+    let mut most = limit;
+    #[unroll]
+    for member in 0..shape.team {
+        most = min(
+            most,
+            newest(table, min(first_row + member, rows - 1), stride),
+        );
+    }
+    // The first place where a row differs. Places are far below 2^24, so that 32-bit floats hold them.
+    let mut differs = most;
+    for place in range_stepped(unit, most, shape.units) {
+        let slot = table[first_row * line + 1 + place];
+        #[unroll]
+        for member in 1..shape.team {
+            let row = min(first_row + member, rows - 1);
+            if table[row * line + 1 + place] != slot {
+                differs = min(differs, place);
+            }
+        }
+    }
+    scratch[unit] = f32::cast_from(differs);
+    sync_cube();
+    let mut half = comptime!(shape.units / 2).runtime();
+    while half > 0 {
+        if unit < half {
+            scratch[unit] = min(scratch[unit], scratch[unit + half]);
+        }
+        sync_cube();
+        half /= 2;
+    }
+    usize::cast_from(scratch[0])
+}
+
+/// Which sums a unit keeps: the same channels of every `sum_groups`-th query, so that a value read from the tile
+/// serves several queries. Where there are more units than that, or the last round of queries or channels is not
 /// full, places are repeated, and only those that are had are written.
 #[derive(CubeType, Clone, Copy)]
 struct Owner {
     /// Its first vector of channels.
     vector: usize,
-    /// Its first head.
+    /// Its first query.
     group: usize,
 }
 
@@ -225,13 +356,14 @@ impl Owner {
         }
     }
 
-    fn head(&self, #[comptime] h: usize, #[comptime] shape: Shape) -> usize {
-        let head = self.group + comptime!(h * shape.sum_groups);
-        min(head, comptime!(shape.heads - 1))
+    fn query(&self, #[comptime] h: usize, #[comptime] shape: Shape) -> usize {
+        let query = self.group + comptime!(h * shape.sum_groups);
+        min(query, comptime!(shape.queries() - 1))
     }
 
-    fn has_head(&self, #[comptime] h: usize, #[comptime] shape: Shape) -> bool {
-        self.group < shape.sum_groups && self.group + comptime!(h * shape.sum_groups) < shape.heads
+    fn has_query(&self, #[comptime] h: usize, #[comptime] shape: Shape) -> bool {
+        let query = self.group + comptime!(h * shape.sum_groups);
+        self.group < shape.sum_groups && query < comptime!(shape.queries())
     }
 
     fn vector(&self, #[comptime] v: usize, #[comptime] shape: Shape) -> usize {
@@ -318,15 +450,23 @@ fn gate<F: Float, N: Size>(
     }
 }
 
-/// Scores of the slots of a tile with all heads. A task is `block` slots and one head; its `lanes` units are
-/// neighbours, and each takes every `lanes`-th vector of channels.
+/// The queries that look at a tile, of those of a team.
+#[derive(CubeType, Clone, Copy)]
+struct Looking {
+    first_row: usize,
+    first_query: usize,
+    queries: usize,
+}
+
+/// Scores of the slots of a tile with those who look at it. A task is `block` slots and one query; its `lanes` units
+/// are neighbours, and each takes every `lanes`-th vector of channels.
 #[cube]
 fn compare<F: Float, P: Float, N: Size>(
     q: &Tensor<Vector<F, N>>,
     tile: &SharedMemory<Vector<P, N>>,
     scores: &mut SharedMemory<f32>,
     scratch: &mut SharedMemory<f32>,
-    batch: usize,
+    looking: &Looking,
     kv_head: usize,
     scale: f32,
     #[comptime] shape: Shape,
@@ -334,17 +474,20 @@ fn compare<F: Float, P: Float, N: Size>(
     let unit = UNIT_POS as usize;
     let lane = unit % shape.lanes;
     let blocks = comptime!(shape.tile / shape.block);
-    let tasks = comptime!(shape.heads * blocks);
     let tasks_at_once = comptime!(shape.units / shape.lanes);
-    let heads = comptime!(shape.heads * shape.kv_heads);
-    let queries = (batch * heads + kv_head * shape.heads) * shape.key_width;
+    let tasks = looking.queries * blocks;
 
-    for round in 0..comptime!(tasks.div_ceil(tasks_at_once)) {
+    for round in 0..tasks.div_ceil(tasks_at_once) {
         let task = round * tasks_at_once + unit / shape.lanes;
         let is_task = task < tasks;
-        let task = min(task, comptime!(tasks - 1));
-        let head = task / blocks;
+        let task = min(task, tasks - 1);
+        let query = looking.first_query + task / blocks;
         let slot = task % blocks * shape.block;
+        // Rows after the last are not written; their queries are the last one's.
+        let batch = min(looking.first_row + query / shape.heads, q.shape(0) - 1);
+        let head = kv_head * shape.heads + query % shape.heads;
+        let heads = comptime!(shape.heads * shape.kv_heads);
+        let queries = (batch * heads + head) * shape.key_width;
 
         let mut products = Array::<Vector<f32, N>>::new(shape.block);
         #[unroll]
@@ -352,7 +495,7 @@ fn compare<F: Float, P: Float, N: Size>(
             products[b] = Vector::new(0.0);
         }
         for channel in range_stepped(lane, shape.key_width, shape.lanes) {
-            let query = Vector::<f32, N>::cast_from(q[queries + head * shape.key_width + channel]);
+            let query = Vector::<f32, N>::cast_from(q[queries + channel]);
             #[unroll]
             for b in 0..shape.block {
                 let key = tile[(slot + b) * shape.tile_width + channel];
@@ -360,7 +503,7 @@ fn compare<F: Float, P: Float, N: Size>(
             }
         }
 
-        let place = head * shape.tile + slot;
+        let place = query * shape.tile + slot;
         if shape.planes {
             #[unroll]
             for b in 0..shape.block {

@@ -14,7 +14,7 @@ use cubecl::{calculate_cube_count_elemwise, prelude::*};
 use super::{
     super::{LaunchKind, launches},
     combine::combine_kernel,
-    decode::decode_kernel,
+    decode::{TeamTilesLaunch, decode_kernel},
     plan::DecodePlan,
 };
 
@@ -58,8 +58,11 @@ pub(super) fn launch<R: CubeRuntime>(
     let target = partial.as_ref().unwrap_or(&out).clone();
     let target_type = target.dtype;
 
-    let cubes = CubeCount::Static(plan.parts as u32, rows as u32, shape.kv_heads as u32);
+    let cubes = CubeCount::Static(plan.parts as u32, plan.teams as u32, shape.kv_heads as u32);
     launches::count(LaunchKind::CubeDecode);
+    if plan.tiles[0] > 0 {
+        launches::count(LaunchKind::CubeDecodeTeams);
+    }
     // SAFETY: what the kernel reads and writes lies within its operands, whose shapes were checked against the
     // problem, and entries of the table are held within the pool.
     unsafe {
@@ -77,6 +80,7 @@ pub(super) fn launch<R: CubeRuntime>(
             pool.clone().into_tensor_arg(),
             into_contiguous(table).into_tensor_arg(),
             target.into_tensor_arg(),
+            TeamTilesLaunch::new(plan.tiles[0] as u32, plan.tiles[1] as u32),
             plan.stride,
             plan.scale,
             shape,

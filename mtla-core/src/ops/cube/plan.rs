@@ -33,6 +33,8 @@ const VECTOR: usize = 4;
 const CUBES: usize = 4;
 const MULTIPROCESSORS: usize = 32;
 const TILES: usize = 2;
+/// Rows of a team, where they share slots.
+const TEAMS: [usize; 7] = [2, 3, 4, 5, 6, 8, 10];
 
 /// When a kernel uses plane operations (subgroups).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,6 +73,8 @@ pub(super) struct Shape {
     /// Query heads of one key/value head.
     pub(super) heads: usize,
     pub(super) kv_heads: usize,
+    /// Rows of a team.
+    pub(super) team: usize,
     pub(super) key_width: usize,
     pub(super) value_width: usize,
     /// A slot in the pool.
@@ -91,14 +95,21 @@ pub(super) struct Shape {
     /// Whether those units add up by plane operations, and else through this many floats of shared memory.
     pub(super) planes: bool,
     pub(super) scratch: usize,
-    /// Units side by side on the channels of a value, and how many such rows of units there are.
+    /// Units side by side on the channels of a value, and how many such lines of units there are.
     pub(super) sum_columns: usize,
     pub(super) sum_groups: usize,
-    /// Heads and vectors of channels that a unit sums.
-    pub(super) sum_heads: usize,
+    /// Queries and vectors of channels that a unit sums.
+    pub(super) sum_queries: usize,
     pub(super) sum_vectors: usize,
     /// Whether a row has several parts, so that partial results are written.
     pub(super) parts: bool,
+}
+
+impl Shape {
+    /// Heads of all rows of a team.
+    pub(super) const fn queries(&self) -> usize {
+        self.team * self.heads
+    }
 }
 
 /// The element types of a step.
@@ -119,8 +130,11 @@ pub(super) struct DecodePlan {
     pub(super) shape: Shape,
     pub(super) types: Types,
     pub(super) rows: usize,
-    /// Parts that every row's slots are divided into.
+    pub(super) teams: usize,
+    /// Parts that every team's tiles are divided into.
     pub(super) parts: usize,
+    /// Tiles of slots that a team has in common, and of a row's own, in the team that has most.
+    pub(super) tiles: [usize; 2],
     pub(super) stride: u32,
     pub(super) scale: f32,
 }
@@ -139,21 +153,67 @@ impl DecodePlan {
         }
         let widths = [problem.layout.key_width(), problem.layout.value_width()];
         let vector = vector(&widths, types.float.size().max(types.pool.size()), device);
-        let mut shape = shape(problem, types, vector, device)?;
+        let alone = shape(problem, 1, types, vector, device)?;
+        let larger = TEAMS
+            .into_iter()
+            .filter(|team| *team <= rows && problem.common.iter().any(|n| *n > 0))
+            .filter_map(|team| shape(problem, team, types, vector, device).ok());
+        let with_tiles = |shape| {
+            let tiles = tiles(problem, &shape);
+            (work(rows, &shape, tiles), shape, tiles)
+        };
+        let alone = with_tiles(alone);
+        // A tenth less, or it is not worth it.
+        let (_, mut shape, tiles) = larger
+            .map(with_tiles)
+            .filter(|(work, ..)| work * 10 < alone.0 * 9)
+            .min_by_key(|(work, ..)| *work)
+            .unwrap_or(alone);
         let multiprocessors = device.hardware.num_streaming_multiprocessors;
         let cubes = CUBES * multiprocessors.map_or(MULTIPROCESSORS, |n| n as usize);
-        let parts =
-            (cubes / (rows * kv_heads)).clamp(1, problem.max_slots.div_ceil(TILES * shape.tile));
+        let teams = rows.div_ceil(shape.team);
+        let most = (tiles[0] + shape.team * tiles[1]).div_ceil(TILES);
+        let parts = (cubes / (teams * kv_heads)).clamp(1, most);
         shape.parts = parts > 1;
         Ok(Self {
             shape,
             types,
             rows,
+            teams,
             parts,
+            tiles,
             stride: problem.stride as u32,
             scale: problem.scale as f32,
         })
     }
+}
+
+/// Tiles of slots that a team has in common, and of a row's own: the most that any team or row has.
+fn tiles(problem: &DecodeProblem, shape: &Shape) -> [usize; 2] {
+    let slots: Vec<usize> = problem
+        .starts
+        .iter()
+        .map(|start| start / problem.stride + 1)
+        .collect();
+    let (mut shared, mut own) = (0, 1);
+    for (slots, common) in slots
+        .chunks(shape.team)
+        .zip(problem.common.chunks(shape.team))
+    {
+        let of_all = common[1..].iter().copied().min().unwrap_or_default();
+        // New tokens' slots are each row's own.
+        let of_all = slots.iter().map(|n| n - 1).fold(of_all, usize::min);
+        let longest = slots.iter().max().copied().unwrap_or_default();
+        shared = shared.max(of_all.div_ceil(shape.tile));
+        own = own.max((longest - of_all).div_ceil(shape.tile));
+    }
+    [shared, own]
+}
+
+/// About how long all teams take: loading a slot costs as much as comparing it with the queries of two rows.
+fn work(rows: usize, shape: &Shape, [shared, own]: [usize; 2]) -> usize {
+    let team = shape.team;
+    rows.div_ceil(team) * shape.tile * (shared * (2 + team) + own * team * 3)
 }
 
 /// Whether the device loads, stores and converts numbers of this type.
@@ -193,6 +253,7 @@ pub(super) fn vector(widths: &[usize], bytes: usize, device: &DeviceProperties) 
 
 fn shape(
     problem: &DecodeProblem,
+    team: usize,
     types: Types,
     vector: usize,
     device: &DeviceProperties,
@@ -207,17 +268,18 @@ fn shape(
         SlotLayout::Latent { .. } => (key_width, 0),
     };
 
+    let queries = team * heads;
     let most_units = UNITS.min(hardware.max_units_per_cube as usize);
-    let units = (heads * value_width)
+    let units = (queries * value_width)
         .next_power_of_two()
         .clamp(32, most_units);
     let sum_columns = value_width.min(units);
     let sum_groups = units / sum_columns;
-    let (sum_heads, sum_vectors) = (
-        heads.div_ceil(sum_groups),
+    let (sum_queries, sum_vectors) = (
+        queries.div_ceil(sum_groups),
         value_width.div_ceil(sum_columns),
     );
-    let sums = sum_heads * sum_vectors * vector;
+    let sums = sum_queries * sum_vectors * vector;
     if sums > SUMS {
         return Err(Unavailable::Sums { sums, limit: SUMS });
     }
@@ -226,14 +288,14 @@ fn shape(
     let plane = plane_size(device);
     let with_tile = |tile: usize| {
         let block = BLOCK.min(tile);
-        let tasks = heads * tile / block;
+        let tasks = queries * tile / block;
         let most = key_width.next_power_of_two().min(32);
         let lanes = (units / tasks.next_power_of_two()).clamp(LANES.min(most), most);
         let planes = plane > 1 && lanes <= plane;
         // Without planes a unit of a task's adds up the sums of a slot.
         let lanes = if planes { lanes } else { lanes.max(block) };
         let scratch = if planes { units } else { block * units };
-        let floats = scratch + 2 * heads * tile + 2 * heads;
+        let floats = scratch + 2 * queries * tile + 2 * queries + team;
         let bytes = 4 * floats + tile * tile_width * vector * types.pool.size();
         (block, lanes, planes, scratch, bytes)
     };
@@ -249,6 +311,7 @@ fn shape(
         vector,
         heads,
         kv_heads,
+        team,
         key_width,
         value_width,
         slot_width,
@@ -263,7 +326,7 @@ fn shape(
         scratch,
         sum_columns,
         sum_groups,
-        sum_heads,
+        sum_queries,
         sum_vectors,
         parts: false,
     })
@@ -322,6 +385,7 @@ mod tests {
             stride: 1,
             starts: vec![max_slots - 1; rows],
             max_slots,
+            common: vec![0; rows],
             scale: 1.0,
         }
     }
@@ -353,13 +417,13 @@ mod tests {
                         let problem = problem(layout, heads, 3, 1000);
                         let plan = DecodePlan::new(&problem, TYPES, &device).unwrap();
                         let s = plan.shape;
-                        let floats = s.scratch + 2 * s.heads * (s.tile + 1);
+                        let floats = s.scratch + 2 * s.queries() * (s.tile + 1) + s.team;
                         let floats = floats + s.tile * s.tile_width * s.vector;
                         assert!(4 * floats <= 16 * 1024, "{s:?}");
                         assert!(s.units <= 256 && s.units.is_power_of_two());
                         assert!(s.tile.is_multiple_of(s.block) && s.units.is_multiple_of(s.lanes));
                         assert!(s.planes && s.lanes <= 32 || s.scratch >= s.block * s.units);
-                        assert!(s.sum_heads * s.sum_groups >= s.heads);
+                        assert!(s.sum_queries * s.sum_groups >= s.queries());
                         assert!(s.sum_vectors * s.sum_columns >= s.value_width);
                         assert!(plan.parts <= 1000);
                     }
@@ -382,6 +446,35 @@ mod tests {
         assert_eq!(parts(1, 10_000), CUBES * MULTIPROCESSORS);
         assert_eq!(parts(40, 10_000), CUBES * MULTIPROCESSORS / 40);
         assert_eq!(parts(500, 10_000), 1);
+    }
+
+    #[test]
+    fn rows_that_share_most_of_their_slots_are_a_team() {
+        let layout = SlotLayout::Latent {
+            rank: 256,
+            rope_dim: 32,
+        };
+        let plan = |common: &[usize], max_slots| {
+            let problem = DecodeProblem {
+                common: common.to_vec(),
+                ..problem(layout, 8, common.len(), max_slots)
+            };
+            DecodePlan::new(&problem, TYPES, &webgpu()).unwrap()
+        };
+        let beams = [0, 200, 200, 200, 200, 200, 200, 200];
+        let two_prompts = [&beams[..], &beams].concat();
+        let team = plan(&two_prompts, 230).shape.team;
+        assert!(team > 1 && 8 % team == 0, "{team}");
+        let tile = plan(&two_prompts, 230).shape.tile;
+        let [shared, own] = [200usize.div_ceil(tile), 30usize.div_ceil(tile)];
+        assert_eq!(plan(&two_prompts, 230).tiles, [shared, own]);
+        // The newest slot is each row's own, whatever is said of it.
+        let all = plan(&[0, 200, 200, 200], 200);
+        assert_eq!(all.tiles, [199usize.div_ceil(all.shape.tile), 1]);
+        for little in [&[0; 8][..], &[0, 3, 3, 3, 3, 3, 3, 3]] {
+            assert_eq!(plan(little, 230).shape.team, 1);
+            assert_eq!(plan(little, 230).tiles[0], 0);
+        }
     }
 
     #[test]
