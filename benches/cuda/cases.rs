@@ -30,10 +30,10 @@ fn decode() -> Vec<Case> {
         ("mtla", 8, latent(256, 32), true),
         ("mla", 8, latent(256, 32), false),
         ("mha", 8, dense(8, 64), false),
-        // Llama 3's, DeepSeek-V2-Lite's and DeepSeek-V3's.
+        // Llama 3's, DeepSeek-V2-Lite's, and as many heads of such a width as the plan takes.
         ("gqa-llama", 32, dense(8, 128), false),
         ("mla-deepseek-lite", 16, latent(512, 64), false),
-        ("mla-deepseek", 128, latent(512, 64), false),
+        ("mla-64-heads", 64, latent(512, 64), false),
         // Vectors of one element.
         ("mtla-odd", 3, latent(45, 5), true),
     ];

@@ -3,7 +3,10 @@
 //! So the kernels come from the same calls, plans and launches as on a GPU. What it is like, and how it is compiled for,
 //! follows `runtime.rs` of the crate `cubecl-cuda`, which asks the driver; memory is handed out and never there.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use burn::tensor::backend::{Backend as _, ExecutionError};
 use burn_backend::DeviceOps;
@@ -370,9 +373,13 @@ impl ComputeServer for Server {
         _: StreamId,
     ) {
         // Not Burn's own.
-        if kernel.name().starts_with("mtla_core::") {
-            lock().push(self.compile(&*kernel, mode));
+        if !kernel.name().starts_with("mtla_core::") {
+            return;
         }
+        // Who called would not hear of a panic here.
+        let compiled = catch_unwind(AssertUnwindSafe(|| self.compile(&*kernel, mode)))
+            .unwrap_or_else(|_| Err("CubeCL panicked".into()));
+        lock().push(compiled);
     }
 
     fn flush(&mut self, _: StreamId) -> Result<(), ServerError> {

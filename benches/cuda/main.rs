@@ -67,10 +67,10 @@ fn run(out: &Path, nvrtc: Option<&Nvrtc>) -> anyhow::Result<()> {
         // Some cases share a kernel.
         let mut seen = HashSet::new();
         for cases::Case { name, run } in cases::all() {
-            if let Err(error) = run(&gpu) {
-                println!("{:15} {name:36} {architecture:7} {error}", "-");
-            }
-            for kernel in gpu.launched()? {
+            run(&gpu).with_context(|| format!("{name}, {architecture}"))?;
+            let launched = gpu.launched()?;
+            ensure!(!launched.is_empty(), "{name} launched no kernel");
+            for kernel in launched {
                 let kernel = kernel.map_err(anyhow::Error::msg).with_context(|| {
                     format!("a kernel of {name} cannot be generated for {architecture}")
                 })?;
