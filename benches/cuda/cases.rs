@@ -1,0 +1,92 @@
+//! What is compiled: calls of this library that launch its kernels, in the sizes and types that matter.
+
+use burn::tensor::{DType, Int, Tensor};
+use mtla_core::ops::{
+    DecodeOperands, DecodeProblem, SlotLayout,
+    cube::{KernelError, try_decode},
+};
+
+use crate::gpu::{Backend, Gpu};
+
+/// A call that launches kernels.
+pub(crate) struct Case {
+    pub(crate) name: String,
+    pub(crate) run: Run,
+}
+
+type Run = Box<dyn Fn(&Gpu) -> Result<(), KernelError>>;
+
+/// All of them; a new kernel gets a function like [`decode`] and its line here.
+pub(crate) fn all() -> Vec<Case> {
+    decode()
+}
+
+/// A decoding step. Types are those of queries and pool.
+fn decode() -> Vec<Case> {
+    let latent = |rank, rope_dim| SlotLayout::Latent { rank, rope_dim };
+    let dense = |kv_heads, head_dim| SlotLayout::Dense { kv_heads, head_dim };
+    let variants = [
+        // The paper's: width 512.
+        ("mtla", 8, latent(256, 32), true),
+        ("mla", 8, latent(256, 32), false),
+        ("mha", 8, dense(8, 64), false),
+        // Llama 3's, DeepSeek-V2-Lite's, and as many heads of such a width as the plan takes.
+        ("gqa-llama", 32, dense(8, 128), false),
+        ("mla-deepseek-lite", 16, latent(512, 64), false),
+        ("mla-64-heads", 64, latent(512, 64), false),
+        // Vectors of one element.
+        ("mtla-odd", 3, latent(45, 5), true),
+    ];
+    let types = [
+        [DType::F32, DType::F32],
+        [DType::F16, DType::F16],
+        [DType::BF16, DType::BF16],
+        [DType::F32, DType::F16],
+        [DType::F32, DType::BF16],
+    ];
+    // Rows and slots: many short rows are not divided into parts, and a long one is.
+    let sizes = [("", 1024, 64), ("-parts", 1, 8192)];
+
+    let mut cases = Vec::new();
+    for (variant, heads, layout, gated) in variants {
+        for (suffix, rows, max_slots) in sizes {
+            for [float, pool] in types {
+                let problem = DecodeProblem {
+                    heads,
+                    layout,
+                    stride: if gated { 2 } else { 1 },
+                    starts: vec![max_slots - 1; rows],
+                    max_slots,
+                    scale: 1.0,
+                };
+                let name = format!("{variant}{suffix} {}/{}", float.name(), pool.name());
+                let run = move |gpu: &Gpu| {
+                    let operands = operands(gpu, &problem, gated, [float, pool]);
+                    try_decode(operands, &problem).map(drop)
+                };
+                cases.push(Case {
+                    name,
+                    run: Box::new(run),
+                });
+            }
+        }
+    }
+    cases
+}
+
+fn operands(
+    gpu: &Gpu,
+    problem: &DecodeProblem,
+    gated: bool,
+    [float, pool]: [DType; 2],
+) -> DecodeOperands<Backend> {
+    let (rows, slots, layout) = (problem.starts.len(), problem.max_slots, problem.layout);
+    let matrix = |shape: [usize; 2], dtype| Tensor::empty(shape, (gpu, dtype));
+    DecodeOperands {
+        q: Tensor::empty([rows, problem.heads, layout.key_width()], (gpu, float)),
+        row: matrix([rows, layout.width()], float),
+        gates: gated.then(|| matrix([slots, layout.value_width() + 1], float)),
+        pool: matrix([rows * slots, layout.width()], pool),
+        table: Tensor::<Backend, 2, Int>::empty([rows, 1 + slots], (gpu, DType::I32)),
+    }
+}
