@@ -1,6 +1,9 @@
 //! Probabilities of scores, on the host.
 
+use burn::tensor::{Tensor, backend::Backend};
 use serde::{Deserialize, Serialize};
+
+use super::{GenerationError, wait};
 
 /// A token and its log-probability.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -23,25 +26,64 @@ pub struct LogProbability {
 impl LogProbability {
     /// Of `token`, with the `count` most probable ones; `logs` are the log-probabilities of all.
     pub(super) fn new(logs: &[f64], token: u32, count: usize) -> Self {
-        let place = |token: u32| ScoredToken {
-            token,
-            log_probability: logs[token as usize],
-        };
-        let mut top: Vec<ScoredToken> = (0..logs.len() as u32).map(place).collect();
-        let order = |a: &ScoredToken, b: &ScoredToken| {
-            let larger = b.log_probability.total_cmp(&a.log_probability);
-            larger.then(a.token.cmp(&b.token))
-        };
-        if count > 0 && count < top.len() {
-            top.select_nth_unstable_by(count - 1, order);
-        }
-        top.truncate(count);
-        top.sort_unstable_by(order);
         Self {
             chosen: logs[token as usize],
-            top,
+            top: best(logs, count),
         }
     }
+}
+
+/// The `count` most probable tokens of each row of `logits [rows, vocab_size]`, the most probable one first.
+///
+/// # Errors
+/// [`GenerationError`] if the device fails.
+///
+/// ```
+/// # #[cfg(feature = "flex")] {
+/// use burn::tensor::Tensor;
+/// use burn_flex::Flex;
+/// use mtla_models::generate::most_probable;
+///
+/// let logits = Tensor::<Flex, 2>::from_floats([[0.0, 2.0, 1.0], [3.0, 0.0, 0.0]], &Default::default());
+/// let tokens: Vec<Vec<u32>> = most_probable(logits, 2)
+///     .unwrap()
+///     .into_iter()
+///     .map(|row| row.into_iter().map(|best| best.token).collect())
+///     .collect();
+/// assert_eq!(tokens, [[1, 2], [0, 1]]);
+/// # }
+/// ```
+pub fn most_probable<B: Backend>(
+    logits: Tensor<B, 2>,
+    count: usize,
+) -> Result<Vec<Vec<ScoredToken>>, GenerationError> {
+    let [_, vocab_size] = logits.dims();
+    let logits = wait(async {
+        let read = logits.into_data_async().await;
+        read.map_err(GenerationError::Device)
+    })?;
+    let logits: Vec<f32> = logits.convert::<f32>().iter().collect();
+    let rows = logits.chunks_exact(vocab_size.max(1));
+    Ok(rows.map(|row| best(&log_softmax(row), count)).collect())
+}
+
+/// The `count` largest, the largest one first, of equal ones the first one.
+fn best(logs: &[f64], count: usize) -> Vec<ScoredToken> {
+    let scored = |(token, log): (u32, &f64)| ScoredToken {
+        token,
+        log_probability: *log,
+    };
+    let mut best: Vec<ScoredToken> = (0..).zip(logs).map(scored).collect();
+    let order = |a: &ScoredToken, b: &ScoredToken| {
+        let larger = b.log_probability.total_cmp(&a.log_probability);
+        larger.then(a.token.cmp(&b.token))
+    };
+    if count > 0 && count < best.len() {
+        best.select_nth_unstable_by(count - 1, order);
+    }
+    best.truncate(count);
+    best.sort_unstable_by(order);
+    best
 }
 
 /// Log-probabilities `scores − ln Σ e^scores`.
