@@ -1,6 +1,8 @@
 //! Probabilities of scores, on the host.
 
-use burn::tensor::{Tensor, backend::Backend};
+use std::cmp::Ordering;
+
+use burn::tensor::{Tensor, TensorData, backend::Backend};
 use serde::{Deserialize, Serialize};
 
 use super::{GenerationError, wait};
@@ -26,9 +28,14 @@ pub struct LogProbability {
 impl LogProbability {
     /// Of `token`, with the `count` most probable ones; `logs` are the log-probabilities of all.
     pub(super) fn new(logs: &[f64], token: u32, count: usize) -> Self {
+        let scored = |token: u32| ScoredToken {
+            token,
+            log_probability: logs[token as usize],
+        };
+        let top = largest(logs, count, f64::total_cmp);
         Self {
             chosen: logs[token as usize],
-            top: best(logs, count),
+            top: top.into_iter().map(scored).collect(),
         }
     }
 }
@@ -62,37 +69,78 @@ pub fn most_probable<B: Backend>(
         let read = logits.into_data_async().await;
         read.map_err(GenerationError::Device)
     })?;
-    let logits: Vec<f32> = logits.convert::<f32>().iter().collect();
+    let logits = floats(logits);
     let rows = logits.chunks_exact(vocab_size.max(1));
-    Ok(rows.map(|row| best(&log_softmax(row), count)).collect())
+    Ok(rows
+        .map(|logits| {
+            let total = log_sum(logits);
+            let scored = |token: u32| ScoredToken {
+                token,
+                log_probability: f64::from(logits[token as usize]) - total,
+            };
+            largest(logits, count, f32::total_cmp)
+                .into_iter()
+                .map(scored)
+                .collect()
+        })
+        .collect())
 }
 
-/// The `count` largest, the largest one first, of equal ones the first one.
-fn best(logs: &[f64], count: usize) -> Vec<ScoredToken> {
-    let scored = |(token, log): (u32, &f64)| ScoredToken {
-        token,
-        log_probability: *log,
+fn floats(data: TensorData) -> Vec<f32> {
+    data.convert::<f32>().into_vec().expect("just converted")
+}
+
+/// The places of the `count` largest, the largest one first, of equal ones the first one.
+fn largest<T: Copy + PartialOrd>(
+    scores: &[T],
+    count: usize,
+    compare: fn(&T, &T) -> Ordering,
+) -> Vec<u32> {
+    let order = |a: &u32, b: &u32| {
+        let larger = compare(&scores[*b as usize], &scores[*a as usize]);
+        larger.then(a.cmp(b))
     };
-    let mut best: Vec<ScoredToken> = (0..).zip(logs).map(scored).collect();
-    let order = |a: &ScoredToken, b: &ScoredToken| {
-        let larger = b.log_probability.total_cmp(&a.log_probability);
-        larger.then(a.token.cmp(&b.token))
+    let cut = |kept: &mut Vec<u32>| {
+        if count > 0 && count < kept.len() {
+            kept.select_nth_unstable_by(count - 1, order);
+        }
+        kept.truncate(count);
     };
-    if count > 0 && count < best.len() {
-        best.select_nth_unstable_by(count - 1, order);
+    let mut kept: Vec<u32> = Vec::with_capacity(2 * count);
+    // What is not above this one is not among the largest.
+    let mut least = None;
+    for (place, score) in (0..).zip(scores) {
+        if least.is_some_and(|least| *score <= least) {
+            continue;
+        }
+        kept.push(place);
+        if kept.len() >= 2 * count {
+            cut(&mut kept);
+            least = kept.last().map(|place| scores[*place as usize]);
+        }
     }
-    best.truncate(count);
-    best.sort_unstable_by(order);
-    best
+    cut(&mut kept);
+    kept.sort_unstable_by(order);
+    kept
 }
 
 /// Log-probabilities `scores − ln Σ e^scores`.
 pub(super) fn log_softmax(scores: &[f32]) -> Vec<f64> {
+    let total = log_sum(scores);
+    scores
+        .iter()
+        .map(|score| f64::from(*score) - total)
+        .collect()
+}
+
+/// `ln Σ e^scores`.
+fn log_sum(scores: &[f32]) -> f64 {
     let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let relative = |score: &f32| f64::from(*score) - f64::from(max);
-    let total: f64 = scores.iter().map(|score| relative(score).exp()).sum();
-    let total = total.ln();
-    scores.iter().map(|score| relative(score) - total).collect()
+    let total: f64 = scores
+        .iter()
+        .map(|score| f64::from((score - max).exp()))
+        .sum();
+    f64::from(max) + total.ln()
 }
 
 /// Probabilities.
@@ -123,6 +171,18 @@ mod tests {
         assert_eq!(top, [1, 3, 2]);
         assert_eq!(LogProbability::new(&logs, 0, 0).top, []);
         assert_eq!(LogProbability::new(&logs, 0, 9).top.len(), 4);
+    }
+
+    #[test]
+    fn the_largest_are_those_of_a_sorted_list() {
+        let scores: Vec<f32> = (0..1000).map(|i| ((i * 7919) % 131) as f32).collect();
+        let mut sorted: Vec<u32> = (0..1000).collect();
+        sorted.sort_by(|a, b| scores[*b as usize].total_cmp(&scores[*a as usize]));
+        for count in [0, 1, 2, 7, 20, 131, 999, 1000, 1001] {
+            let found = largest(&scores, count, f32::total_cmp);
+            assert_eq!(found, sorted[..count.min(1000)], "{count}");
+        }
+        assert_eq!(largest(&[f32::NEG_INFINITY; 2], 1, f32::total_cmp), [0]);
     }
 
     #[test]
