@@ -13,9 +13,9 @@
     benches/peers/compare.py llama                  a Hugging Face checkpoint: a prompt, then token by token
     benches/peers/compare.py llama mtla:4 mha:1 --batches 1 --tokens 1024
 
-Both sides get the same weights and inputs, which PyTorch makes. Before anything is timed, outputs and all
-gradients (of `llama`: logits; of `w2`: every chosen token and the last log-probabilities) have to agree. Then both run in turns, two threads each; the median counts. One JSON object is
-printed per row:
+Both sides get the same weights and inputs, which PyTorch makes. Before anything is timed, outputs and all gradients (of
+`llama`: logits; of `w2`: every chosen token, and the last log-probabilities) have to agree. Then both run in turns, two
+threads each; the median counts. One JSON object is printed per row:
 
     variant, down_rate, T       what was run: batch 4, d_model 512, 8 heads, f32
     ours_ms, torch_ms, ratio    medians, and torch/ours. For mtla, torch is the published package; for the

@@ -31,7 +31,7 @@ const COLUMNS: usize = 48;
 /// `x [m, k] · weight [n, k]ᵀ`, each matrix with its rows one after the other: `[m, n]`.
 pub(super) fn product(x: &[f32], weight: &[f32], [m, k, n]: [usize; 3]) -> Vec<f32> {
     assert!(x.len() == m * k && weight.len() == n * k);
-    if m * k == 0 {
+    if m * k * n == 0 {
         return vec![0.0; m * n];
     }
     let arch = pulp::Arch::new();
@@ -334,7 +334,10 @@ mod tests {
                         let pairs = x[i / n * k..][..k].iter().zip(&weight[i % n * k..][..k]);
                         let expected: f64 = pairs.map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
                         let error = (f64::from(*found) - expected).abs();
-                        assert!(error < 2e-5, "[{m}, {k}, {n}], entry {i}: off by {error}");
+                        assert!(
+                            error < 1e-6 + 3e-7 * k as f64,
+                            "[{m}, {k}, {n}], entry {i}: off by {error}"
+                        );
                     }
                 }
             }
