@@ -139,15 +139,10 @@ impl WithSimd for StripedBlock<'_> {
             let mut stripe = 0;
             // Three at a time, but none left alone: sums of one would have to wait for themselves.
             while stripe < count {
-                match count - stripe {
+                stripe += match count - stripe {
                     1 => self.all_columns::<S, 1>(simd, stripe, &places),
                     2 | 4 => self.all_columns::<S, 2>(simd, stripe, &places),
                     _ => self.all_columns::<S, 3>(simd, stripe, &places),
-                }
-                stripe += match count - stripe {
-                    1 => 1,
-                    2 | 4 => 2,
-                    _ => 3,
                 };
             }
         }
@@ -155,13 +150,14 @@ impl WithSimd for StripedBlock<'_> {
 }
 
 impl StripedBlock<'_> {
+    /// `V` stripes with all columns; returns `V`.
     #[inline(always)]
     fn all_columns<S: Simd, const V: usize>(
         &mut self,
         simd: S,
         stripe: usize,
         places: &Range<usize>,
-    ) {
+    ) -> usize {
         let columns = self.weight.len() / self.stripes.k;
         let mut column = 0;
         while column + 4 <= columns {
@@ -172,6 +168,7 @@ impl StripedBlock<'_> {
             self.tile::<S, V, 1>(simd, stripe, column, places);
             column += 1;
         }
+        V
     }
 
     /// `V` stripes with `C` columns.

@@ -139,7 +139,7 @@ impl<'a, R: Real> Matrix<'a, R> {
                 row_stride,
                 accumulate,
                 cores,
-            )
+            );
         }
     }
 
