@@ -6,13 +6,16 @@
     benches/peers/compare.py w1 mtla:2 --tokens 256,2048
     benches/peers/compare.py memory                 peak memory of the same, up to 16k tokens
 
+    benches/peers/compare.py w2                     beam search over a source, as in the paper
+    benches/peers/compare.py w2long                 the same with longer sources and wider beams
+
     python3 -m pip install transformers==4.51.3
     benches/peers/compare.py llama                  a Hugging Face checkpoint: a prompt, then token by token
     benches/peers/compare.py llama mtla:4 mha:1 --batches 1 --tokens 1024
 
-Both sides get the same weights and inputs, which PyTorch makes. Before anything is timed, outputs and all
-gradients (of `llama`: logits) have to agree. Then both run in turns, two threads each; the median counts. One JSON object is
-printed per row:
+Both sides get the same weights and inputs, which PyTorch makes. Before anything is timed, outputs and all gradients (of
+`llama`: logits; of `w2`: every chosen token, and the last log-probabilities) have to agree. Then both run in turns, two
+threads each; the median counts. One JSON object is printed per row:
 
     variant, down_rate, T       what was run: batch 4, d_model 512, 8 heads, f32
     ours_ms, torch_ms, ratio    medians, and torch/ours. For mtla, torch is the published package; for the
@@ -21,6 +24,17 @@ printed per row:
     floor_ms                    all matrix products at the speed of one large product on our side
     ours_peak_mib, torch_peak_mib   the largest resident set of each process, which keeps what it frees here
     largest_difference          between the two sides, relative to the largest entry of each tensor
+
+of `w2` and `w2long` (a decoder of 9 layers, d_model 512, 8 heads, feed-forward networks of width 2048, vocabulary 8000, f32;
+mtla by the published package, mha and gqa with scaled_dot_product_attention, mla in its absorbed form):
+
+    sentences, beam, source, new_tokens   sources, beams and frames of each, tokens generated; beams change places at each
+    ours_s, torch_s, ratio                the source and all tokens; torch/ours
+    ours_first_s, torch_first_s           of that the source and the first token: ours reads each source once, PyTorch's rows
+                                          each read their own, as in fairseq
+    floor_s                               the matrix products alone, at the speed that products of the same weights with as
+                                          many rows have on our side
+    ours_cache_bytes, torch_cache_bytes   allocated at the end; ours_live_bytes is what our rows hold of it at most
 
 and of `llama` (12 layers, hidden size 768, 12 heads, vocabulary 32000, f32; mtla by Python's package of that name,
 mha and gqa by transformers):
@@ -43,7 +57,10 @@ import tempfile
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 TORCH = [sys.executable, str(HERE / "torch_layer.py")]
+TORCH_DECODE = [sys.executable, str(HERE / "torch_decode.py")]
 TORCH_LLAMA = [sys.executable, str(HERE / "torch_llama.py")]
+SEARCHES = {"w2": dict(sentences=4, beam=10, source=200, new_tokens=60),
+            "w2long": dict(sentences=2, beam=50, source=250, new_tokens=40)}
 VARIANTS = ["mtla:2", "mtla:3", "mtla:4", "mha:1", "gqa:1", "mla:1"]
 THREADS = "2"
 TOLERANCE = 1e-4
@@ -98,22 +115,25 @@ def difference(ours, torch):
     return max(float(abs(ours[n] - torch[n]).max() / max(abs(torch[n]).max(), least)) for n in torch)
 
 
+D, H, RANK, NOPE, ROPE, VALUE = 512, 8, 256, 64, 32, 64
+
+
+def attention_products(variant):
+    """Multiplications of a token in the projections of queries and output, in those of keys and values, in the expansion of
+    latents (or of queries and sums to them); widths of keys and of values."""
+    if variant in ("mla", "mtla"):
+        return D * H * (NOPE + ROPE) + H * VALUE * D, D * (RANK + ROPE), RANK * H * (NOPE + VALUE), NOPE + ROPE, VALUE
+    width, kv_heads = D // H, {"mha": H, "gqa": 2, "mqa": 1}[variant]
+    return 2 * D * D, 2 * D * kv_heads * width, 0, width, width
+
+
 def floor(variant, rate, tokens, batch, gflops):
     """Milliseconds of the products that cannot be avoided, forward and backward."""
-    d, h = 512, 8
-    rows = batch * tokens
-    if variant in ("mla", "mtla"):
-        rank, nope, rope, value = 256, 64, 32, 64
-        projections = d * h * (nope + rope) + d * (rank + rope) + rank * h * (nope + value) + h * value * d
-        key, value = nope + rope, value
-    else:
-        width, kv_heads = d // h, {"mha": h, "gqa": 2, "mqa": 1}[variant]
-        projections = 2 * d * d + 2 * d * kv_heads * width
-        key, value = width, width
-    pairs = batch * h * sum((i + 1) // rate + ((i + 1) % rate != 0) for i in range(tokens))
+    *parts, key, value = attention_products(variant)
+    pairs = batch * H * sum((i + 1) // rate + ((i + 1) % rate != 0) for i in range(tokens))
     # Forward, and in the backward pass the gradients of input and weight; scores and weights, and in the
     # backward pass the scores again, the weights' gradients and those of queries, keys and values.
-    products = 3 * rows * projections + pairs * ((key + value) + (3 * key + 2 * value))
+    products = 3 * batch * tokens * sum(parts) + pairs * ((key + value) + (3 * key + 2 * value))
     return 2 * products / gflops / 1e6
 
 
@@ -152,6 +172,54 @@ def w1(binary, variants, lengths, batch, runs):
                 print(json.dumps(row), flush=True)
                 for side in [ours, *torch.values()]:
                     side.close()
+
+
+def search_floor(variant, rate, gflops, sentences, beam, source, new_tokens):
+    """Seconds of the products that cannot be avoided in a search, with the latents as keys and values."""
+    layers, d_ff, vocabulary = 9, 2048, 8000
+    outer, inner, absorbed, key, value = attention_products(variant)
+    if absorbed:
+        key, value = RANK + ROPE, RANK
+    rows = sentences * beam
+    slots = sum((source + i) // rate + 1 for i in range(new_tokens))
+    token = outer + inner + absorbed + 2 * D * d_ff
+    products = layers * (sentences * source * inner + rows * (new_tokens * token + slots * H * (key + value)))
+    return 2 * (products + rows * new_tokens * D * vocabulary) / gflops / 1e9
+
+
+def search(binary, variants, sizes, runs):
+    from safetensors.numpy import load_file
+
+    for variant, rate in (name.split(":") for name in variants):
+        with tempfile.TemporaryDirectory() as folder:
+            subprocess.run([*TORCH_DECODE, "write", folder, variant, rate, *map(str, sizes.values())], check=True)
+            sides = {"ours": Side(binary, folder, settings=KEEP_MEMORY),
+                     "torch": Side(*TORCH_DECODE, "serve", folder, settings=KEEP_MEMORY)}
+            for name, side in sides.items():
+                side.ask(f"check {folder}/{name}")
+            ours, torch = (load_file(f"{folder}/{name}")["tokens"] for name in sides)
+            if (ours != torch).any():
+                step = int((ours != torch).any(1).argmax())
+                raise SystemExit(f"{variant}:{rate}: the sides choose different tokens from step {step} on")
+            worst = difference(f"{folder}/ours", f"{folder}/torch")
+            if not worst < TOLERANCE:
+                raise SystemExit(f"{variant}:{rate}: the sides differ by {worst}")
+            found, speeds = {name: [] for name in sides}, []
+            for _ in range(runs):
+                speeds.append(float(sides["ours"].ask("speed")))
+                for name, side in sides.items():
+                    found[name].append([float(x) for x in side.ask("run").split()])
+            median = {name: [statistics.median(column) for column in zip(*runs)] for name, runs in found.items()}
+            row = dict(variant=variant, down_rate=int(rate), **sizes)
+            row |= {f"{name}_s": round(median[name][1], 3) for name in sides}
+            row["ratio"] = round(median["torch"][1] / median["ours"][1], 2)
+            row |= {f"{name}_first_s": round(median[name][0], 3) for name in sides}
+            row["floor_s"] = round(search_floor(variant, int(rate), statistics.median(speeds), **sizes), 3)
+            row |= {f"{name}_cache_bytes": int(median[name][2]) for name in sides}
+            row |= dict(ours_live_bytes=int(median["ours"][3]), largest_difference=float(f"{worst:.1e}"))
+            print(json.dumps(row), flush=True)
+            for side in sides.values():
+                side.close()
 
 
 def memory(binary, variants, lengths):
@@ -208,7 +276,7 @@ def llama(binary, variants, batches, prompt, new_tokens, runs):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", choices=["w1", "memory", "llama"])
+    parser.add_argument("work", choices=["w1", "w2", "w2long", "memory", "llama"])
     parser.add_argument("variants", nargs="*", help="such as mtla:2 or mha:1 (variant and down rate)")
     parser.add_argument("--tokens", help="lengths, such as 256,512")
     parser.add_argument("--batch", type=int, default=4)
@@ -222,6 +290,8 @@ def main():
         for prompt in numbers or [512]:
             llama(build("peer-llama"), arguments.variants or ["mtla:2", "mtla:4", "mha:1"], batches, prompt,
                   arguments.new_tokens, arguments.runs or 3)
+    elif arguments.work in SEARCHES:
+        search(build("peer-decode"), arguments.variants or VARIANTS, SEARCHES[arguments.work], arguments.runs or 3)
     elif arguments.work == "w1":
         lengths = numbers or [256, 512, 1024, 2048]
         w1(build("peer-layer"), arguments.variants or VARIANTS, lengths, arguments.batch, arguments.runs or 7)

@@ -5,18 +5,17 @@
 //! gradients, `time` runs once and answers milliseconds, `peak` answers the peak memory in KiB, `speed`
 //! answers the speed of a large matrix product in GFLOP/s.
 
-use std::{collections::BTreeMap, path::Path, time::Instant};
+use std::{path::Path, time::Instant};
 
 use anyhow::{Context, bail};
-use burn::tensor::{Distribution, Tensor, TensorData};
+use burn::tensor::{Distribution, Tensor};
 use burn_autodiff::{Autodiff, grads::Gradients};
 use burn_flex::{Flex, FlexDevice};
-use mtla_benches::peer::{answer_commands, peak};
+use mtla_benches::peer::{answer_commands, peak, write_tensors};
 use mtla_core::{
     attention::{Attention, AttentionInput},
     testing::{Golden, load_attention, names::Access},
 };
-use safetensors::{Dtype, View, tensor::TensorView};
 
 /// Keeps the memory of tensors and maps it in large pages, as allocators of deep-learning frameworks do.
 #[global_allocator]
@@ -52,10 +51,10 @@ impl Layer {
     /// Writes the output and the gradients by the reference's names and in its layout.
     fn check(&mut self, path: &Path) -> anyhow::Result<()> {
         let (y, x, grads) = self.run();
-        let mut found = BTreeMap::new();
-        found.insert("y".to_owned(), y.into_data());
+        let mut found = Vec::new();
+        found.push(("y".to_owned(), y.into_data()));
         let grad = x.grad(&grads).context("the input has a gradient")?;
-        found.insert("grad.x".to_owned(), grad.into_data());
+        found.push(("grad.x".to_owned(), grad.into_data()));
         self.attention.visit_reference(&mut |name, access| {
             let grad = match access {
                 Access::Matrix(weight) => weight
@@ -65,15 +64,10 @@ impl Layer {
                 Access::Vector(weight) => weight.val().grad(&grads).map(Tensor::into_data),
             };
             if let Some(grad) = grad {
-                found.insert(format!("grad.{name}"), grad);
+                found.push((format!("grad.{name}"), grad));
             }
         });
-        let views = found
-            .iter()
-            .map(|(name, data)| Ok((name, view(data)?)))
-            .collect::<anyhow::Result<Vec<_>>>()?;
-        safetensors::serialize_to_file(views, None, path)?;
-        Ok(())
+        write_tensors(path, found)
     }
 
     fn time(&self) -> f64 {
@@ -81,14 +75,6 @@ impl Layer {
         std::hint::black_box(self.run());
         start.elapsed().as_secs_f64() * 1e3
     }
-}
-
-fn view(data: &TensorData) -> anyhow::Result<impl View> {
-    Ok(TensorView::new(
-        Dtype::F32,
-        data.shape.to_vec(),
-        data.as_bytes(),
-    )?)
 }
 
 /// The speed of products of 1536 rows and columns, in GFLOP/s.

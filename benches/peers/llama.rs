@@ -10,12 +10,12 @@ use std::{path::Path, time::Instant};
 use anyhow::{Context, bail, ensure};
 use burn::tensor::{Int, Tensor, TensorData, try_read_sync};
 use burn_flex::{Flex, FlexDevice};
-use mtla_benches::peer::{answer_commands, peak};
+use mtla_benches::peer::{answer_commands, peak, write_tensors};
 use mtla_models::{
     generate::{Engine, EventKind, GenerationConfig, LanguageModel, Request},
     llama::Llama,
 };
-use safetensors::{Dtype, SafeTensors, tensor::TensorView};
+use safetensors::SafeTensors;
 
 /// Keeps the memory of tensors and maps it in large pages, as allocators of deep-learning frameworks do.
 #[global_allocator]
@@ -76,9 +76,7 @@ impl Peer {
             logits.push(decoder.step(tokens, &plan, &mut cache));
         }
         let logits = Tensor::stack::<3>(logits, 0).into_data();
-        let view = TensorView::new(Dtype::F32, logits.shape.to_vec(), logits.as_bytes())?;
-        safetensors::serialize_to_file([("logits", view)], None, path)?;
-        Ok(())
+        write_tensors(path, [("logits", logits)])
     }
 
     fn run(&self, new_tokens: usize) -> anyhow::Result<String> {

@@ -105,17 +105,26 @@ def layer(variant, down_rate):
     return made[variant]()
 
 
-def write(case, variant, down_rate, tokens, batch=4):
-    torch.manual_seed(tokens)
-    module = layer(variant, int(down_rate))
-    tensors = {f"w.{name}": weight.detach().clone() for name, weight in module.named_parameters()}
-    tensors["x"] = torch.randn(batch, tokens, D_MODEL)
-    tensors["cotangent"] = torch.randn(batch, tokens, D_MODEL)
+def weights(module):
+    """The weights of an attention layer by the names that our side reads."""
+    return {f"w.{name}": weight.detach().clone() for name, weight in module.named_parameters()}
+
+
+def save(case, variant, down_rate, tensors):
+    """Writes the description of an attention layer, and tensors beside it."""
     save_file(tensors, pathlib.Path(case).with_suffix(".safetensors"))
     config = dict(embed_dim=D_MODEL, num_heads=HEADS, num_kv_heads=2, down_rate=int(down_rate), bias=False,
                   q_lora_rank=0, kv_lora_rank=RANK, qk_nope_head_dim=NOPE, qk_rope_head_dim=ROPE,
                   v_head_dim=VALUE)
     pathlib.Path(case).write_text(json.dumps(dict(attention=variant.upper(), config=config)))
+
+
+def write(case, variant, down_rate, tokens, batch=4):
+    torch.manual_seed(tokens)
+    tensors = weights(layer(variant, int(down_rate)))
+    tensors["x"] = torch.randn(batch, tokens, D_MODEL)
+    tensors["cotangent"] = torch.randn(batch, tokens, D_MODEL)
+    save(case, variant, down_rate, tensors)
 
 
 def serve(case, form):

@@ -1,8 +1,14 @@
-//! What this library's sides of `compare.py` share: lines on standard input and output.
+//! What this library's sides of `compare.py` share: lines on standard input and output, and files of tensors.
 
-use std::io::{BufRead, Write};
+use std::{
+    fmt::Display,
+    io::{BufRead, Write},
+    path::Path,
+};
 
-use anyhow::Context;
+use anyhow::{Context, bail};
+use burn::tensor::{DType, TensorData};
+use safetensors::{Dtype, tensor::TensorView};
 
 /// Answers each line `COMMAND [ARGUMENT]` of standard input with a line, until there are no more.
 ///
@@ -32,4 +38,27 @@ pub fn peak() -> anyhow::Result<u64> {
         .find_map(|line| line.strip_prefix("VmHWM:"))
         .context("no VmHWM in /proc/self/status")?;
     Ok(line.trim().trim_end_matches(" kB").trim().parse()?)
+}
+
+/// Writes tensors of 32-bit floats and 64-bit integers for `compare.py`.
+///
+/// # Errors
+/// If a tensor is of another type, or writing fails.
+pub fn write_tensors<N: AsRef<str> + Ord + Display>(
+    path: &Path,
+    tensors: impl IntoIterator<Item = (N, TensorData)>,
+) -> anyhow::Result<()> {
+    let tensors: Vec<_> = tensors.into_iter().collect();
+    let views = tensors.iter().map(|(name, data)| {
+        let dtype = match data.dtype {
+            DType::F32 => Dtype::F32,
+            DType::I64 => Dtype::I64,
+            other => bail!("{name} is of type {other:?}"),
+        };
+        let view = TensorView::new(dtype, data.shape.to_vec(), data.as_bytes())?;
+        Ok((name, view))
+    });
+    let views = views.collect::<anyhow::Result<Vec<_>>>()?;
+    safetensors::serialize_to_file(views, None, path)?;
+    Ok(())
 }

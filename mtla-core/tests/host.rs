@@ -20,8 +20,8 @@ use mtla_core::{
     attention::{AttentionConfig, AttentionInput},
     cache::Cache,
     ops::{
-        Activation, AttendOperands, AttentionBackend, DecodeOperands, DecodeProblem, LaunchKind,
-        SlotLayout, launches, plain,
+        Activation, AttendOperands, AttentionBackend, DecodeOperands, DecodeProblem, HeadMatrices,
+        LaunchKind, SlotLayout, launches, plain,
     },
     rope::{RotaryConfig, RotaryLayout},
     testing::one_graph,
@@ -360,6 +360,42 @@ fn gate_and_merge_is_the_plain_one() {
     });
 }
 
+#[test]
+fn products_of_heads_are_the_plain_ones() {
+    let _alone = alone();
+    check(64, any::<u64>(), |seed| {
+        let mut n = Numbers::new(seed);
+        let mut pick = |low: usize, high: usize| low + (n.bits() as usize) % (high - low);
+        let (rows, heads, rank) = (pick(1, 70), pick(1, 6), pick(1, 40));
+        let (first, count, rest) = (pick(0, 9), pick(1, 30), pick(0, 3) * pick(0, 9));
+        let (block, transposed, turned) =
+            (first + count + pick(0, 9), pick(0, 2) > 0, pick(0, 2) > 0);
+        let width = rest + if transposed { count } else { rank };
+        for (dtype, tolerance) in [(DType::F32, 1e-5), (DType::F64, 1e-12), (DType::BF16, 1e-9)] {
+            let mut draw = |shape: &[usize]| {
+                let values = n.normals(shape.iter().product());
+                TensorData::new(values, shape.to_vec()).convert_dtype(dtype)
+            };
+            let place = (&FlexDevice, dtype);
+            let x = Tensor::<Flex, 3>::from_data(draw(&[rows, heads, width]), place);
+            let weight = if turned {
+                Tensor::<Flex, 2>::from_data(draw(&[heads * block, rank]), place).transpose()
+            } else {
+                Tensor::from_data(draw(&[rank, heads * block]), place)
+            };
+            let matrices = HeadMatrices {
+                weight,
+                heads,
+                columns: first..first + count,
+                transposed,
+            };
+            let expected = values(plain::multiply_heads(x.clone(), matrices.clone()));
+            let found = values(Flex::multiply_heads(x, matrices));
+            assert_close(&[found], &[expected], tolerance, "products of heads");
+        }
+    });
+}
+
 /// A decoding step over random tables: shared and scattered slots, long runs, open and new slots.
 struct Step {
     problem: DecodeProblem,
@@ -383,7 +419,7 @@ impl Step {
                 head_dim: pick(1, 20),
             }
         };
-        let (stride, rows) = (if latent { pick(1, 5) } else { 1 }, pick(1, 6));
+        let (stride, rows) = (if latent { pick(1, 5) } else { 1 }, pick(1, 24));
         let starts: Vec<usize> = (0..rows).map(|_| pick(0, 400)).collect();
         let max_slots = starts.iter().map(|s| s / stride + 1).max().unwrap_or(1) + pick(0, 3);
         let prefix = pick(0, max_slots);

@@ -10,7 +10,9 @@ use burn::{
     tensor::{Tensor, backend::Backend},
 };
 
-use crate::ops::{AttendOperands, AttendProblem, AttentionBackend, KeyValue, Keys, plain};
+use crate::ops::{
+    AttendOperands, AttendProblem, AttentionBackend, HeadMatrices, KeyValue, Keys, plain,
+};
 
 /// The expansion of latents: per head `W_UK` (keys) and `W_UV` (values).
 #[derive(Module, Debug)]
@@ -61,18 +63,6 @@ impl<B: Backend> LatentExpansion<B> {
         self.weight.dims()[0]
     }
 
-    /// `W_UK [heads, key, rank]`.
-    fn keys(&self) -> Tensor<B, 3> {
-        self.per_head().narrow(2, 0, self.key).permute([1, 2, 0])
-    }
-
-    /// `W_UV [heads, rank, value]`.
-    fn values(&self) -> Tensor<B, 3> {
-        self.per_head()
-            .narrow(2, self.key, self.value)
-            .swap_dims(0, 1)
-    }
-
     fn per_head(&self) -> Tensor<B, 3> {
         self.weight
             .val()
@@ -89,35 +79,6 @@ impl<B: Backend> LatentExpansion<B> {
         }
     }
 
-    /// `q W_UK` with the rope part as it is: `[batch, tokens, heads, key + rope]` →
-    /// `[batch, tokens, heads, rank + rope]`.
-    pub(super) fn absorb_query(&self, q: Tensor<B, 4>) -> Tensor<B, 4> {
-        let [batch, tokens, heads, width] = q.dims();
-        let latent = q
-            .clone()
-            .narrow(3, 0, self.key)
-            .permute([2, 0, 1, 3])
-            .reshape([heads, batch * tokens, self.key])
-            .matmul(self.keys())
-            .reshape([heads, batch, tokens, self.rank()])
-            .permute([1, 2, 0, 3]);
-        if width == self.key {
-            return latent;
-        }
-        Tensor::cat(vec![latent, q.narrow(3, self.key, width - self.key)], 3)
-    }
-
-    /// `context W_UV`: `[batch, heads, tokens, rank]` → `[batch, heads, tokens, value]`.
-    pub(super) fn expand_context(&self, context: Tensor<B, 4>) -> Tensor<B, 4> {
-        let [batch, heads, tokens, rank] = context.dims();
-        context
-            .swap_dims(0, 1)
-            .reshape([heads, batch * tokens, rank])
-            .matmul(self.values())
-            .reshape([heads, batch, tokens, self.value])
-            .swap_dims(0, 1)
-    }
-
     /// Which form needs fewer multiplications a row, of which `latents` are to be expanded.
     fn absorbed_is_cheaper(&self, problem: &AttendProblem, latents: usize, rope: usize) -> bool {
         let (queries, columns) = (problem.queries, problem.columns);
@@ -130,6 +91,28 @@ impl<B: Backend> LatentExpansion<B> {
 }
 
 impl<B: AttentionBackend> LatentExpansion<B> {
+    /// `q W_UK` with the rope part as it is: `[rows, heads, key + rope]` → `[rows, heads, rank + rope]`.
+    pub(super) fn absorb_query(&self, q: Tensor<B, 3>) -> Tensor<B, 3> {
+        let matrices = HeadMatrices {
+            weight: self.weight.val(),
+            heads: self.heads,
+            columns: 0..self.key,
+            transposed: true,
+        };
+        B::multiply_heads(q, matrices)
+    }
+
+    /// `context W_UV`: `[rows, heads, rank]` → `[rows, heads, value]`.
+    pub(super) fn expand_context(&self, context: Tensor<B, 3>) -> Tensor<B, 3> {
+        let matrices = HeadMatrices {
+            weight: self.weight.val(),
+            heads: self.heads,
+            columns: self.key..self.key + self.value,
+            transposed: false,
+        };
+        B::multiply_heads(context, matrices)
+    }
+
     /// Keys and values of every head.
     fn expand(&self, latents: Latents<B>) -> KeyValue<B> {
         let [batch, n, rank] = latents.state.dims();
@@ -175,7 +158,11 @@ impl<B: AttentionBackend> LatentExpansion<B> {
                 self.expand(latents)
             }
         };
-        let q = if absorbed { self.absorb_query(q) } else { q };
+        let q = if absorbed {
+            every_token(q, |q| self.absorb_query(q))
+        } else {
+            q
+        };
         let operands = AttendOperands {
             q: q.swap_dims(1, 2),
             keys: match keys {
@@ -198,10 +185,21 @@ impl<B: AttentionBackend> LatentExpansion<B> {
             (B::attend(operands, &problem), None)
         };
         let heads = if absorbed {
-            self.expand_context(context)
+            every_token(context.swap_dims(1, 2), |x| self.expand_context(x)).swap_dims(1, 2)
         } else {
             context
         };
         (heads, weights)
     }
+}
+
+/// Applies `f` to the heads of all tokens `[batch, tokens, heads, width]` as rows.
+fn every_token<B: Backend>(
+    x: Tensor<B, 4>,
+    f: impl FnOnce(Tensor<B, 3>) -> Tensor<B, 3>,
+) -> Tensor<B, 4> {
+    let [batch, tokens, heads, width] = x.dims();
+    let y = f(x.reshape([batch * tokens, heads, width]));
+    let width = y.dims()[2];
+    y.reshape([batch, tokens, heads, width])
 }

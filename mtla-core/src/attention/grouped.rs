@@ -169,10 +169,7 @@ impl<B: AttentionBackend> GroupedAttention<B> {
         let [rows, _, _] = x.dims();
         let rotary = self.plan_rotary(plan, &x);
         self.write(&x, plan, pool, &rotary);
-        let q = self
-            .q_proj
-            .forward(plan.select_last(x))
-            .unsqueeze_dim::<3>(1);
+        let q = project(&self.q_proj, plan.select_last(x)).unsqueeze_dim::<3>(1);
         let q = B::rotate(self.heads(q), &plan.last_rotary(&rotary), 0);
         let (offsets, lengths) = plan.last_span();
         let y = self.attend(q, &offsets, &lengths, plan, pool);
@@ -266,9 +263,9 @@ impl<B: AttentionBackend> GroupedAttention<B> {
             .clone()
             .unwrap_or_else(|| self.rope.rotary(d, &plan.positions, x.dtype(), &x.device()));
         let rotate = |x: Tensor<B, 2>, heads| B::rotate(x.reshape([rows, 1, heads, d]), &rotary, 0);
-        let q = rotate(self.q_proj.forward(x.clone()), h).reshape([rows, h, d]);
-        let k = rotate(self.k_proj.forward(x.clone()), g).reshape([rows, g * d]);
-        let row = Tensor::cat(vec![k, self.v_proj.forward(x)], 1);
+        let q = rotate(project(&self.q_proj, x.clone()), h).reshape([rows, h, d]);
+        let k = rotate(project(&self.k_proj, x.clone()), g).reshape([rows, g * d]);
+        let row = Tensor::cat(vec![k, project(&self.v_proj, x)], 1);
         let problem = DecodeProblem {
             heads: h,
             layout: self.layout(),
@@ -288,6 +285,6 @@ impl<B: AttentionBackend> GroupedAttention<B> {
             };
             B::decode(operands, &problem)
         });
-        self.out_proj.forward(heads.reshape([rows, h * d]))
+        project(&self.out_proj, heads.reshape([rows, h * d]))
     }
 }

@@ -304,6 +304,7 @@ impl<B: AttentionBackend> LatentAttention<B> {
         let gates = self.gate.as_ref().map(|gate| pool.gates(gate, last_chunk));
 
         let q = self.queries(x.clone().unsqueeze_dim(1), &rotary);
+        let q = q.reshape([rows, self.n_heads, self.head_width()]);
         let q = self.wkv_b.absorb_query(q);
         let new = self.latents(x.unsqueeze_dim(1), &rotary);
         let rope = new.rope.expect("self-attention has rope keys");
@@ -319,7 +320,7 @@ impl<B: AttentionBackend> LatentAttention<B> {
         };
         let context = pool.update(|pool| {
             let operands = DecodeOperands {
-                q: q.reshape([rows, self.n_heads, self.rank + self.rope_dim]),
+                q,
                 row,
                 gates,
                 pool,
@@ -327,7 +328,7 @@ impl<B: AttentionBackend> LatentAttention<B> {
             };
             B::decode(operands, &problem)
         });
-        let heads = self.wkv_b.expand_context(context.unsqueeze_dim::<4>(2));
+        let heads = self.wkv_b.expand_context(context);
         project(&self.wo, heads.reshape([rows, self.n_heads * self.value]))
     }
 }

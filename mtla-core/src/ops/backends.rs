@@ -5,7 +5,7 @@ use burn_autodiff::{Autodiff, checkpoint::strategy::CheckpointStrategy};
 
 use super::{
     Activation, AttendOperands, AttendProblem, AttentionBackend, DecodeOperands, DecodeProblem,
-    autodiff, plain,
+    HeadMatrices, autodiff, plain,
 };
 use crate::rope::Rotary;
 
@@ -135,7 +135,7 @@ mod flex {
     use super::Rotary;
     use super::{
         Activation, AttendOperands, AttendProblem, AttentionBackend, DecodeOperands, DecodeProblem,
-        Int, Tensor,
+        HeadMatrices, Int, Tensor,
     };
     use crate::ops::{Derivatives, host};
 
@@ -155,6 +155,10 @@ mod flex {
 
         fn product(a: Tensor<Self, 2>, b: Tensor<Self, 2>) -> Tensor<Self, 2> {
             host::product(a, b)
+        }
+
+        fn multiply_heads(x: Tensor<Self, 3>, matrices: HeadMatrices<Self>) -> Tensor<Self, 3> {
+            host::multiply_heads(x, matrices)
         }
 
         fn activate(x: Tensor<Self, 2>, activation: Activation) -> Tensor<Self, 2> {

@@ -34,7 +34,9 @@ use crate::rope::Rotary;
 pub use activation::Activation;
 pub use dropout::Dropout;
 pub use launches::{LaunchKind, launches};
-pub use operands::{AttendForward, AttendOperands, DecodeOperands, Derivatives, KeyValue, Keys};
+pub use operands::{
+    AttendForward, AttendOperands, DecodeOperands, Derivatives, HeadMatrices, KeyValue, Keys,
+};
 pub use problem::{AttendProblem, DecodeProblem, ProblemError, SlotLayout, Visibility};
 
 /// A backend that attention can run on.
@@ -64,6 +66,15 @@ pub trait AttentionBackend: Backend {
     /// If the shapes do not fit each other.
     fn product(a: Tensor<Self, 2>, b: Tensor<Self, 2>) -> Tensor<Self, 2> {
         a.matmul(b)
+    }
+
+    /// The first channels of every head of `x [rows, heads, width]`, multiplied by the head's own matrix; channels
+    /// beyond those that the matrix takes come behind the result as they are.
+    ///
+    /// # Panics
+    /// If the matrices do not fit `x`.
+    fn multiply_heads(x: Tensor<Self, 3>, matrices: HeadMatrices<Self>) -> Tensor<Self, 3> {
+        plain::multiply_heads(x, matrices)
     }
 
     /// An activation function of every entry.

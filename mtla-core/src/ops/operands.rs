@@ -1,5 +1,7 @@
 //! What the operations are given and give back.
 
+use std::ops::Range;
+
 use burn::tensor::{Int, Tensor, backend::Backend};
 use burn_autodiff::{Autodiff, checkpoint::strategy::CheckpointStrategy};
 
@@ -148,6 +150,53 @@ pub struct Derivatives<B: Backend> {
     /// [`gate_and_merge`](super::AttentionBackend::gate_and_merge)'s result: latents, gates, stride, gradient.
     pub gate_and_merge_backward:
         fn(Tensor<B, 3>, Tensor<B, 2>, usize, Tensor<B, 3>) -> (Tensor<B, 3>, Tensor<B, 2>),
+}
+
+/// A matrix for each head, out of one weight.
+#[derive(Debug, Clone)]
+pub struct HeadMatrices<B: Backend> {
+    /// `[rank, heads · block]`.
+    pub weight: Tensor<B, 2>,
+    /// Heads.
+    pub heads: usize,
+    /// The columns of a head's block that are its matrix, `[rank, columns]`.
+    pub columns: Range<usize>,
+    /// Whether it is turned, `[columns, rank]`.
+    pub transposed: bool,
+}
+
+impl<B: Backend> HeadMatrices<B> {
+    /// Columns of a head's block.
+    pub(super) fn block(&self) -> usize {
+        self.weight.dims()[1] / self.heads
+    }
+
+    /// Channels that a head has before and after.
+    pub(super) fn widths(&self) -> [usize; 2] {
+        let (rank, columns) = (self.weight.dims()[0], self.columns.len());
+        if self.transposed {
+            [columns, rank]
+        } else {
+            [rank, columns]
+        }
+    }
+
+    /// # Panics
+    /// If the matrices do not fit `x [rows, heads, width]`.
+    pub(super) fn check(&self, x: &Tensor<B, 3>) {
+        let ([_, heads, width], [_, all]) = (x.dims(), self.weight.dims());
+        assert!(
+            heads == self.heads
+                && all.is_multiple_of(heads)
+                && self.columns.end <= self.block()
+                && self.widths()[0] <= width,
+            "columns {:?} of {} heads in a weight {:?} do not fit x {:?}",
+            self.columns,
+            self.heads,
+            self.weight.dims(),
+            x.dims(),
+        );
+    }
 }
 
 /// Operands of [`AttentionBackend::decode`](super::AttentionBackend::decode).

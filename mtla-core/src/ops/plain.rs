@@ -8,8 +8,8 @@ use burn::tensor::{
 };
 
 use super::{
-    AttendOperands, AttendProblem, AttentionBackend, DecodeOperands, DecodeProblem, KeyValue, Keys,
-    SlotLayout, Visibility,
+    AttendOperands, AttendProblem, AttentionBackend, DecodeOperands, DecodeProblem, HeadMatrices,
+    KeyValue, Keys, SlotLayout, Visibility,
 };
 use crate::{
     rope::Rotary,
@@ -283,6 +283,33 @@ fn widen<B: Backend, const D: usize>(x: Tensor<B, D>) -> Tensor<B, D> {
 
 pub(crate) fn to_dtype<B: Backend, const D: usize>(x: Tensor<B, D>, dtype: DType) -> Tensor<B, D> {
     if x.dtype() == dtype { x } else { x.cast(dtype) }
+}
+
+/// [`AttentionBackend::multiply_heads`] in tensor operations.
+///
+/// # Panics
+/// If the matrices do not fit `x`.
+pub fn multiply_heads<B: Backend>(x: Tensor<B, 3>, matrices: HeadMatrices<B>) -> Tensor<B, 3> {
+    matrices.check(&x);
+    let ([inputs, _], block) = (matrices.widths(), matrices.block());
+    let [_, heads, width] = x.dims();
+    let HeadMatrices {
+        weight,
+        columns,
+        transposed,
+        ..
+    } = matrices;
+    let rank = weight.dims()[0];
+    let weight = weight
+        .reshape([rank, heads, block])
+        .narrow(2, columns.start, columns.len());
+    let weight = weight.permute(if transposed { [1, 2, 0] } else { [1, 0, 2] });
+    let first = x.clone().narrow(2, 0, inputs).swap_dims(0, 1);
+    let y = first.matmul(weight).swap_dims(0, 1);
+    if inputs == width {
+        return y;
+    }
+    Tensor::cat(vec![y, x.narrow(2, inputs, width - inputs)], 2)
 }
 
 /// [`AttentionBackend::decode`] in tensor operations: gather the open slots, merge, write back, gather

@@ -69,7 +69,7 @@ pub use engine::Engine;
 pub use error::GenerationError;
 pub use events::{Completion, Event, EventKind, FinishReason, RequestId, TokenEvent};
 pub use generation::{Generation, complete, generate, generate_async};
-pub use probability::{LogProbability, ScoredToken};
+pub use probability::{LogProbability, ScoredToken, most_probable};
 pub use request::Request;
 pub use search::uniform;
 pub use stream::EventStream;

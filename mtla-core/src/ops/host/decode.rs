@@ -2,7 +2,10 @@
 //!
 //! Every row's new token is merged into its slot first, in place. Then each row's heads that share keys attend
 //! to its slots together: a run of neighbouring slots (a prompt, above all) is read where it lies, as one
-//! matrix; scattered slots are gathered into a block before.
+//! matrix; scattered slots are gathered into a block before. Rows that begin with the same slots, as the beams of a
+//! prompt do, attend to these together too.
+
+use std::ops::Range;
 
 use burn::tensor::{DType, Element, Int, Tensor, TensorPrimitive};
 use burn_flex::{Flex, FlexTensor};
@@ -21,6 +24,9 @@ use super::{
 /// Slots attended to at a time, and the shortest run that is not copied.
 const SLOTS: usize = 128;
 const RUN: usize = 16;
+
+/// Queries that attend together to the slots that their rows share.
+const QUERIES: usize = 64;
 
 /// [`decode`](crate::ops::AttentionBackend::decode).
 ///
@@ -48,10 +54,8 @@ pub(in crate::ops) fn decode(
         (_, DType::BF16) => run::<f32, burn::tensor::bf16>(&floats, &mut pool, &table, problem),
         _ => run::<f32, f32>(&floats, &mut pool, &table, problem),
     };
-    let out: Tensor<Flex, 4> = tensor(out);
-    let [rows, heads, _, width] = out.dims();
     (
-        to_dtype(out.reshape([rows, heads, width]), dtype),
+        to_dtype(tensor(out), dtype),
         Tensor::from_primitive(TensorPrimitive::Float(pool)),
     )
 }
@@ -86,17 +90,19 @@ fn run<R: Real, P: Stored<R>>(
         table,
     };
     let (rows, kv_heads) = (p.starts.len(), p.layout.kv_heads());
+    let lines: Vec<&[usize]> = (0..rows).map(|row| step.slots(row)).collect();
+    let teams = teams(&lines, QUERIES * kv_heads / p.heads);
     let mut out = NewHeads::zeros([rows, p.heads, 1, p.layout.value_width()]);
     let writer = out.writer();
     let slots: usize = p.starts.iter().map(|start| start / p.stride + 1).sum();
     for_each(
-        rows * kv_heads,
+        teams.len() * kv_heads,
         slots * p.heads * p.layout.width(),
         |task| {
-            step.attend(task / kv_heads, task % kv_heads, &writer);
+            step.attend(&teams[task / kv_heads], task % kv_heads, &writer);
         },
     );
-    out.into_tensor()
+    out.into_tokens()
 }
 
 /// Writes each row's new token into its slot, or adds it to what the slot holds.
@@ -144,10 +150,49 @@ struct Step<'a, R, P> {
 }
 
 impl<R: Real, P: Stored<R>> Step<'_, R, P> {
-    /// The heads of one key/value head of a row.
-    fn attend(&self, row: usize, kv_head: usize, out: &HeadsWriter<'_, R>) {
+    /// The slots of a row.
+    fn slots(&self, row: usize) -> &[usize] {
+        let line = &self.table[row * (1 + self.problem.max_slots)..][..=self.problem.max_slots];
+        &line[1..=1 + line[0] / self.problem.stride]
+    }
+
+    /// The heads of one key/value head of some rows.
+    fn attend(&self, team: &Team, kv_head: usize, out: &HeadsWriter<'_, R>) {
         let p = self.problem;
-        let (width, group) = (p.layout.width(), p.heads / p.layout.kv_heads());
+        let (group, key) = (p.heads / p.layout.kv_heads(), p.layout.key_width());
+        let mut queries = Vec::with_capacity(team.rows.len() * group * key);
+        for row in team.rows.clone() {
+            let first = (row * p.heads + kv_head * group) * key;
+            queries.extend_from_slice(&self.q[first..][..group * key]);
+        }
+        let mut softmax = Softmax::new(team.rows.len() * group, p.layout.value_width());
+        let mut scratch = Scratch::default();
+        let shared = &self.slots(team.rows.start)[..team.shared];
+        self.look(kv_head, shared, &queries, &mut softmax, 0, &mut scratch);
+        for (i, row) in team.rows.clone().enumerate() {
+            let own = &self.slots(row)[team.shared..];
+            let queries = &queries[i * group * key..][..group * key];
+            self.look(kv_head, own, queries, &mut softmax, i * group, &mut scratch);
+            for head in 0..group {
+                // SAFETY: each head of each row belongs to one task.
+                let out = unsafe { out.row(row, kv_head * group + head, 0) };
+                softmax.finish(i * group + head, out);
+            }
+        }
+    }
+
+    /// Takes some slots into the softmax of `queries`, which are those from number `first` on there.
+    fn look(
+        &self,
+        kv_head: usize,
+        slots: &[usize],
+        queries: &[R],
+        softmax: &mut Softmax<R>,
+        first: usize,
+        Scratch { scores, gathered }: &mut Scratch<R>,
+    ) {
+        let p = self.problem;
+        let width = p.layout.width();
         let (key, value) = (p.layout.key_width(), p.layout.value_width());
         let (key_start, value_start) = match p.layout {
             SlotLayout::Dense { kv_heads, head_dim } => {
@@ -155,30 +200,23 @@ impl<R: Real, P: Stored<R>> Step<'_, R, P> {
             }
             SlotLayout::Latent { .. } => (0, 0),
         };
-        let line = &self.table[row * (1 + p.max_slots)..][..=p.max_slots];
-        let slots = &line[1..=1 + line[0] / p.stride];
-        let first = (row * p.heads + kv_head * group) * key;
-        let q = Matrix::new(&self.q[first..][..group * key], group, key, key);
-        let mut softmax = Softmax::new(group, value);
-        let (mut scores, mut gathered) = (Vec::new(), Vec::new());
+        let m = queries.len() / key;
+        let queries = Matrix::new(queries, m, key, key);
         for block in blocks(slots) {
-            let memory = self.block(block, width, &mut gathered);
+            let memory = self.block(block, width, gathered);
             let n = block.len();
             let keys = Matrix::new(&memory[key_start..], n, key, width);
             let values = Matrix::new(&memory[value_start..], n, value, width);
-            scores.resize(group * n, R::default());
-            q.times(keys.transposed(), R::of(p.scale), &mut scores, n, false);
+            scores.resize(m * n, R::default());
+            queries.times(keys.transposed(), R::of(p.scale), scores, n, false);
             vectorised(|| {
                 for (i, scores) in scores.chunks_exact_mut(n).enumerate() {
-                    softmax.take(i, scores);
+                    softmax.take(first + i, scores);
                 }
             });
-            let weights = Matrix::new(&scores, group, n, n);
-            weights.times(values, R::of(1.0), &mut softmax.weighted, value, true);
-        }
-        for i in 0..group {
-            // SAFETY: each head of each row belongs to one task.
-            softmax.finish(i, unsafe { out.row(row, kv_head * group + i, 0) });
+            let weights = Matrix::new(scores, m, n, n);
+            let weighted = &mut softmax.weighted[first * value..][..m * value];
+            weights.times(values, R::of(1.0), weighted, value, true);
         }
     }
 
@@ -196,6 +234,49 @@ impl<R: Real, P: Stored<R>> Step<'_, R, P> {
         }
         gathered
     }
+}
+
+/// Memory that is used again.
+#[derive(Default)]
+struct Scratch<R> {
+    scores: Vec<R>,
+    gathered: Vec<R>,
+}
+
+/// Neighbouring rows that attend together to their first slots.
+#[derive(Debug, PartialEq)]
+struct Team {
+    rows: Range<usize>,
+    /// Slots that all of them begin with.
+    shared: usize,
+}
+
+/// Cuts rows into teams of at most `most` rows, or of one where that is more; rows that share less than a long run stay
+/// alone.
+fn teams(rows: &[&[usize]], most: usize) -> Vec<Team> {
+    let common = |a: &[usize], b: &[usize]| a.iter().zip(b).take_while(|(a, b)| a == b).count();
+    let mut teams = Vec::new();
+    let mut first = 0;
+    while first < rows.len() {
+        let others = rows[first + 1..].iter();
+        let akin = others.take_while(|row| common(rows[first], row) >= RUN);
+        let count = 1 + akin.count();
+        // Teams of one size, so that no core waits long for another.
+        let parts = count.div_ceil(most.max(1));
+        for part in 0..parts {
+            let members = first + part * count / parts..first + (part + 1) * count / parts;
+            let start = members.start;
+            let lengths = rows[members.clone()]
+                .iter()
+                .map(|row| common(rows[start], row));
+            teams.push(Team {
+                shared: lengths.min().unwrap_or(0),
+                rows: members,
+            });
+        }
+        first += count;
+    }
+    teams
 }
 
 fn is_run(slots: &[usize]) -> bool {
@@ -300,6 +381,30 @@ mod tests {
         assert_eq!(cut(&scattered), [128, 22]);
         let mixed = [&[9, 3, 5, 6], &run[..50], &[1, 2, 90]].concat();
         assert_eq!(cut(&mixed), [4, 50, 3]);
+    }
+
+    #[test]
+    fn rows_that_begin_alike_are_a_team() {
+        let cut = |rows: &[&[usize]], most| -> Vec<(Range<usize>, usize)> {
+            let teams = teams(rows, most).into_iter();
+            teams.map(|team| (team.rows, team.shared)).collect()
+        };
+        assert_eq!(cut(&[], 8), []);
+        let prompt: Vec<usize> = (100..150).collect();
+        let beam = |own: &[usize]| [&prompt, own].concat();
+        let beams = [beam(&[1, 2]), beam(&[1, 3]), beam(&[4]), beam(&[1, 2, 5])];
+        let other: Vec<usize> = (0..40).collect();
+        let little = [&other[..RUN - 1], &[77]].concat();
+        let mut rows: Vec<&[usize]> = beams.iter().map(Vec::as_slice).collect();
+        rows.extend([&other[..], &little]);
+        assert_eq!(cut(&rows, 8), [(0..4, 50), (4..5, 40), (5..6, RUN)]);
+        assert_eq!(
+            cut(&rows, 3),
+            [(0..2, 51), (2..4, 50), (4..5, 40), (5..6, RUN)]
+        );
+        assert_eq!(cut(&rows, 0).len(), rows.len());
+        // Nothing is left of a row that others begin with.
+        assert_eq!(cut(&[&prompt, &beams[0]], 8), [(0..2, 50)]);
     }
 
     #[test]

@@ -23,6 +23,11 @@ pub(super) struct Matrix<'a, R> {
     memory: PhantomData<&'a [R]>,
 }
 
+// SAFETY: a shared borrow of memory, of which nothing but numbers is read.
+unsafe impl<R: Sync> Send for Matrix<'_, R> {}
+// SAFETY: as above.
+unsafe impl<R: Sync> Sync for Matrix<'_, R> {}
+
 impl<'a, R: Real> Matrix<'a, R> {
     /// `rows` rows of `columns` entries, one after the other.
     pub(super) fn new(memory: &'a [R], rows: usize, columns: usize, row_stride: usize) -> Self {
@@ -43,6 +48,18 @@ impl<'a, R: Real> Matrix<'a, R> {
         Self {
             start: self.start.wrapping_offset(n as isize * self.row_stride),
             rows: self.rows - n,
+            ..self
+        }
+    }
+
+    /// Columns `first..first + n`.
+    pub(super) fn columns(self, first: usize, n: usize) -> Self {
+        assert!(first + n <= self.columns);
+        Self {
+            start: self
+                .start
+                .wrapping_offset(first as isize * self.column_stride),
+            columns: n,
             ..self
         }
     }
@@ -111,16 +128,40 @@ impl<'a, R: Real> Matrix<'a, R> {
         accumulate: bool,
         cores: gemm::Parallelism,
     ) {
-        let (m, n, k) = (self.rows, right.columns, self.columns);
-        assert!(right.rows == k && (m == 0 || (m - 1) * row_stride + n <= target.len()));
-        // SAFETY: the views were checked when they were made, and the target is checked above; it is
-        // borrowed mutably, so that it is none of the other two.
+        let (m, n) = (self.rows, right.columns);
+        assert!(m == 0 || (m - 1) * row_stride + n <= target.len());
+        // SAFETY: the target is checked above, and borrowed mutably, so that it is none of the other two.
+        unsafe {
+            self.gemm_to(
+                right,
+                factor,
+                target.as_mut_ptr(),
+                row_stride,
+                accumulate,
+                cores,
+            );
+        }
+    }
+
+    /// # Safety
+    /// `target` has `self.rows` rows of `right.columns` entries, `row_stride` apart, which nobody else reads or writes.
+    unsafe fn gemm_to(
+        self,
+        right: Self,
+        factor: R,
+        target: *mut R,
+        row_stride: usize,
+        accumulate: bool,
+        cores: gemm::Parallelism,
+    ) {
+        assert_eq!(self.columns, right.rows);
+        // SAFETY: the views were checked when they were made, and the target is what the caller promises.
         unsafe {
             gemm::gemm(
-                m,
-                n,
-                k,
-                target.as_mut_ptr(),
+                self.rows,
+                right.columns,
+                self.columns,
+                target,
                 1,
                 row_stride as isize,
                 accumulate,
@@ -269,9 +310,18 @@ impl<R: Real> NewHeads<R> {
     /// The tensor.
     pub(super) fn into_tensor(self) -> FlexTensor {
         let [batch, heads, n, width] = self.shape;
+        let tokens = self.into_tokens();
+        tokens
+            .reshape([batch, n, heads, width].into())
+            .permute(&[0, 2, 1, 3])
+    }
+
+    /// As it lies in memory: `[batch · n, heads, width]`.
+    pub(super) fn into_tokens(self) -> FlexTensor {
+        let [batch, heads, n, width] = self.shape;
         let bytes = burn::tensor::Bytes::from_elems(self.memory);
-        let layout = burn_flex::Layout::contiguous([batch, n, heads, width].into());
-        FlexTensor::new(bytes, layout, R::dtype()).permute(&[0, 2, 1, 3])
+        let layout = burn_flex::Layout::contiguous([batch * n, heads, width].into());
+        FlexTensor::new(bytes, layout, R::dtype())
     }
 }
 
@@ -289,6 +339,28 @@ unsafe impl<R: Send> Send for HeadsWriter<'_, R> {}
 unsafe impl<R: Send> Sync for HeadsWriter<'_, R> {}
 
 impl<R: Real> HeadsWriter<'_, R> {
+    /// Writes `left · right` into the first channels of head `h` of all tokens.
+    ///
+    /// # Safety
+    /// No thread may hold a row of this head, and no two threads may write the same head.
+    pub(super) unsafe fn head(
+        &self,
+        b: usize,
+        h: usize,
+        left: Matrix<'_, R>,
+        right: Matrix<'_, R>,
+    ) {
+        let [batch, heads, n, width] = self.shape;
+        assert!(b < batch && h < heads && left.rows == n && right.columns <= width);
+        let one = R::of(1.0);
+        let cores = gemm::Parallelism::None;
+        // SAFETY: inside the memory, and nobody else's by contract.
+        unsafe {
+            let start = self.start.add((b * n * heads + h) * width);
+            left.gemm_to(right, one, start, heads * width, false, cores);
+        }
+    }
+
     /// Entry `[b, h, i, ..]`.
     ///
     /// # Safety

@@ -13,7 +13,7 @@
 //! * `keys.rs` knows how keys are put together, and where their gradients go;
 //! * `rotate.rs` and `merge.rs` are what happens to queries and latents before, one pass each;
 //! * `activation.rs` has the activation functions of feed-forward networks;
-//! * `product.rs` is the product of two matrices, of projections;
+//! * `product.rs` is the product of two matrices, of projections; `heads.rs` those of heads with matrices of their own;
 //! * `matrix.rs` holds the views that matrix products are made of, and all unsafe code;
 //! * `threads.rs` gives them to the cores;
 //! * `real.rs` has the vectorised passes over rows, with the exponential.
@@ -25,6 +25,7 @@ mod attend_backward;
 mod attend_forward;
 mod decode;
 mod few_rows;
+mod heads;
 mod keys;
 mod matrix;
 mod merge;
@@ -49,6 +50,7 @@ use tile::Plan;
 
 pub(super) use activation::{activate, activate_backward};
 pub(super) use decode::decode;
+pub(super) use heads::multiply_heads;
 pub(super) use merge::{gate_and_merge, gate_and_merge_backward};
 pub(super) use product::product;
 pub(super) use rotate::rotate;

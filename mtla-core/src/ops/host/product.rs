@@ -11,9 +11,6 @@ use super::{
     tensor,
 };
 
-/// Up to this many rows it does not pay to copy the factors to where a general product wants them.
-const FEW: usize = 16;
-
 /// [`product`](crate::ops::AttentionBackend::product).
 ///
 /// # Panics
@@ -25,7 +22,9 @@ pub(in crate::ops) fn product(a: Tensor<Flex, 2>, b: Tensor<Flex, 2>) -> Tensor<
         "product of {shape_a:?} and {shape_b:?}: the inner lengths differ"
     );
     match (a.dtype(), b.dtype()) {
-        (DType::F32, DType::F32) if shape_a[0] <= FEW && lies_in_columns(&b) => of_few_rows(a, b),
+        (DType::F32, DType::F32) if shape_a[0] <= few_rows::MOST && lies_in_columns(&b) => {
+            of_few_rows(a, b)
+        }
         (DType::F32, DType::F32) => of::<f32>(a, b),
         (DType::F64, DType::F64) => of::<f64>(a, b),
         _ => a.matmul(b),
