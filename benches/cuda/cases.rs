@@ -2,8 +2,9 @@
 
 use burn::tensor::{DType, Int, Tensor};
 use mtla_core::ops::{
-    DecodeOperands, DecodeProblem, SlotLayout,
-    cube::{KernelError, try_decode},
+    AttendOperands, AttendProblem, DecodeOperands, DecodeProblem, Dropout, KeyValue, Keys,
+    SlotLayout, Visibility,
+    cube::{KernelError, try_attend, try_decode},
 };
 
 use crate::gpu::{Backend, Gpu};
@@ -18,7 +19,9 @@ type Run = Box<dyn Fn(&Gpu) -> Result<(), KernelError>>;
 
 /// All of them; a new kernel gets a function like [`decode`] and its line here.
 pub(crate) fn all() -> Vec<Case> {
-    decode()
+    let mut all = decode();
+    all.extend(attend());
+    all
 }
 
 /// A decoding step. Types are those of queries and pool.
@@ -44,12 +47,17 @@ fn decode() -> Vec<Case> {
         [DType::F32, DType::F16],
         [DType::F32, DType::BF16],
     ];
-    // Rows and slots: many short rows are not divided into parts, and a long one is.
-    let sizes = [("", 1024, 64), ("-parts", 1, 8192)];
+    // Rows, slots, and how many of them rows share: many short rows are not divided into parts, and a long one is;
+    // beams of a prompt read it together.
+    let sizes = [
+        ("", 1024, 64, 0),
+        ("-parts", 1, 8192, 0),
+        ("-beams", 1000, 64, 60),
+    ];
 
     let mut cases = Vec::new();
     for (variant, heads, layout, gated) in variants {
-        for (suffix, rows, max_slots) in sizes {
+        for (suffix, rows, max_slots, common) in sizes {
             for [float, pool] in types {
                 let problem = DecodeProblem {
                     heads,
@@ -57,6 +65,7 @@ fn decode() -> Vec<Case> {
                     stride: if gated { 2 } else { 1 },
                     starts: vec![max_slots - 1; rows],
                     max_slots,
+                    common: vec![common; rows],
                     scale: 1.0,
                 };
                 let name = format!("{variant}{suffix} {}/{}", float.name(), pool.name());
@@ -89,4 +98,68 @@ fn operands(
         pool: matrix([rows * slots, layout.width()], pool),
         table: Tensor::<Backend, 2, Int>::empty([rows, 1 + slots], (gpu, DType::I32)),
     }
+}
+
+/// Attention of whole sequences: with what queries see of their own chunks and without, with channels that heads share
+/// and without.
+fn attend() -> Vec<Case> {
+    let mut cases = Vec::new();
+    // Heads, key/value heads, channels of a key, those of them that all heads share, channels of a value, stride.
+    for (variant, heads, kv_heads, key_width, shared, value_width, stride) in [
+        ("mtla", 8, 8, 96, 32, 64, 2),
+        ("mla", 8, 8, 96, 32, 64, 1),
+        ("mha", 8, 8, 64, 0, 64, 1),
+        ("gqa-llama", 32, 8, 128, 0, 128, 1),
+        ("mla-deepseek", 128, 128, 192, 64, 128, 1),
+        ("mtla-odd", 3, 3, 15, 5, 10, 3),
+    ] {
+        for dtype in [DType::F32, DType::F16, DType::BF16] {
+            for dropout in [
+                None,
+                Some(Dropout {
+                    probability: 0.1,
+                    seed: 1,
+                }),
+            ] {
+                let tokens = 512;
+                let problem = AttendProblem {
+                    batch: 2,
+                    heads,
+                    kv_heads,
+                    queries: tokens,
+                    columns: tokens / stride,
+                    self_term: stride > 1,
+                    key_width,
+                    value_width,
+                    visibility: Visibility::Causal {
+                        stride,
+                        offsets: vec![0; 2],
+                    },
+                    lengths: vec![tokens; 2],
+                    scale: 1.0,
+                    dropout,
+                };
+                let suffix = if dropout.is_some() { "-dropout" } else { "" };
+                let run = move |gpu: &Gpu| {
+                    let new = |heads, width| {
+                        Tensor::<Backend, 4>::empty([2, heads, tokens, width], (gpu, dtype))
+                    };
+                    let operands = AttendOperands {
+                        q: new(heads, key_width),
+                        keys: Keys::Tokens(KeyValue {
+                            k: new(kv_heads, key_width - shared),
+                            shared: (shared > 0).then(|| new(1, shared)),
+                            v: new(kv_heads, value_width),
+                        }),
+                    };
+                    try_attend(operands, &problem).map(drop)
+                };
+                cases.push(Case {
+                    name: format!("{variant}{suffix} {}", dtype.name()),
+                    run: Box::new(run),
+                });
+            }
+        }
+    }
+    cases
 }

@@ -13,11 +13,11 @@ use super::{
     join_heads,
 };
 use crate::{
-    cache::{CacheSpec, LayerPool, PrefillPlan, StepPlan},
+    cache::{CacheSpec, LayerPool, NewTokens, PrefillPlan, StepPlan},
     linear::project,
     ops::{
-        AttendOperands, AttendProblem, AttentionBackend, DecodeOperands, DecodeProblem, KeyValue,
-        Keys, SlotLayout, Visibility, plain,
+        AttendOperands, AttendProblem, AttentionBackend, DecodeProblem, KeyValue, Keys, SlotLayout,
+        Visibility, plain,
     },
     rope::{Rotary, RotaryConfig},
 };
@@ -255,7 +255,8 @@ impl<B: AttentionBackend> GroupedAttention<B> {
         x: Tensor<B, 2>,
         plan: &StepPlan<B>,
         pool: &mut LayerPool<B>,
-    ) -> Tensor<B, 2> {
+        weights: bool,
+    ) -> (Tensor<B, 2>, Option<Tensor<B, 3>>) {
         let [rows, _] = x.dims();
         let (h, g, d) = (self.n_heads, self.n_kv_heads, self.head_dim);
         let rotary = plan
@@ -275,16 +276,13 @@ impl<B: AttentionBackend> GroupedAttention<B> {
             common: plan.table.common.clone(),
             scale: self.scale(),
         };
-        let heads = pool.update(|pool| {
-            let operands = DecodeOperands {
-                q,
-                row,
-                gates: None,
-                pool,
-                table: plan.table.packed.clone(),
-            };
-            B::decode(operands, &problem)
-        });
-        project(&self.out_proj, heads.reshape([rows, h * d]))
+        let new = NewTokens {
+            q,
+            row,
+            gates: None,
+        };
+        let (heads, weights) = pool.decode(new, &problem, &plan.table, weights);
+        let y = project(&self.out_proj, heads.reshape([rows, h * d]));
+        (y, weights)
     }
 }

@@ -25,12 +25,9 @@ use super::{
     query::QueryProjection,
 };
 use crate::{
-    cache::{CacheSpec, LayerPool, PrefillPlan, StepPlan},
+    cache::{CacheSpec, LayerPool, NewTokens, PrefillPlan, StepPlan},
     linear::project,
-    ops::{
-        AttendProblem, AttentionBackend, DecodeOperands, DecodeProblem, SlotLayout, Visibility,
-        plain,
-    },
+    ops::{AttendProblem, AttentionBackend, DecodeProblem, SlotLayout, Visibility, plain},
     rope::{Rotary, RotaryConfig},
     temporal::TemporalGate,
 };
@@ -294,7 +291,8 @@ impl<B: AttentionBackend> LatentAttention<B> {
         x: Tensor<B, 2>,
         plan: &StepPlan<B>,
         pool: &mut LayerPool<B>,
-    ) -> Tensor<B, 2> {
+        weights: bool,
+    ) -> (Tensor<B, 2>, Option<Tensor<B, 3>>) {
         let [rows, _] = x.dims();
         let rotary = plan.rotary.clone().unwrap_or_else(|| {
             self.rope
@@ -318,17 +316,10 @@ impl<B: AttentionBackend> LatentAttention<B> {
             common: plan.table.common.clone(),
             scale: self.scale(),
         };
-        let context = pool.update(|pool| {
-            let operands = DecodeOperands {
-                q,
-                row,
-                gates,
-                pool,
-                table: plan.table.packed.clone(),
-            };
-            B::decode(operands, &problem)
-        });
+        let new = NewTokens { q, row, gates };
+        let (context, weights) = pool.decode(new, &problem, &plan.table, weights);
         let heads = self.wkv_b.expand_context(context);
-        project(&self.wo, heads.reshape([rows, self.n_heads * self.value]))
+        let y = project(&self.wo, heads.reshape([rows, self.n_heads * self.value]));
+        (y, weights)
     }
 }

@@ -43,7 +43,10 @@ mod tables;
 use burn::tensor::{DType, Int, Tensor, TensorData, backend::Backend};
 
 pub use crate::ops::SlotLayout;
-use crate::{ops::AttentionBackend, temporal::TemporalGate};
+use crate::{
+    ops::{AttentionBackend, DecodeOperands, DecodeProblem, plain},
+    temporal::TemporalGate,
+};
 pub use plan::{PrefillPlan, StepPlan};
 use tables::{Orders, Row, Tables};
 
@@ -148,6 +151,42 @@ impl<B: Backend> LayerPool<B> {
         let (result, slots) = f(slots);
         self.slots = Some(slots);
         result
+    }
+}
+
+/// The new token of each row, for [`LayerPool::decode`].
+pub(crate) struct NewTokens<B: Backend> {
+    /// Queries `[rows, heads, key_width]`.
+    pub(crate) q: Tensor<B, 3>,
+    /// What the pool is to hold of them, before the gate, `[rows, width]`.
+    pub(crate) row: Tensor<B, 2>,
+    pub(crate) gates: Option<Tensor<B, 2>>,
+}
+
+impl<B: AttentionBackend> LayerPool<B> {
+    /// A step over this pool, `[rows, heads, value_width]`, and its attention weights `[rows, heads, slots]` if they are
+    /// asked for.
+    pub(crate) fn decode(
+        &mut self,
+        new: NewTokens<B>,
+        problem: &DecodeProblem,
+        table: &SlotTable<B>,
+        weights: bool,
+    ) -> (Tensor<B, 3>, Option<Tensor<B, 3>>) {
+        let q = weights.then(|| new.q.clone());
+        self.update(|pool| {
+            let operands = DecodeOperands {
+                q: new.q,
+                row: new.row,
+                gates: new.gates,
+                pool,
+                table: table.packed.clone(),
+            };
+            let (out, pool) = B::decode(operands, problem);
+            let table = table.packed.clone();
+            let weights = q.map(|q| plain::decode_weights(q, pool.clone(), table, problem));
+            ((out, weights), pool)
+        })
     }
 }
 

@@ -82,16 +82,22 @@ impl<B: Backend> AttendOperands<B> {
     /// # Panics
     /// If the operands do not fit the problem.
     pub(super) fn check(&self, problem: &AttendProblem) {
+        self.validate(problem)
+            .unwrap_or_else(|error| panic!("attend: {error}"));
+    }
+
+    /// # Errors
+    /// If the operands do not fit the problem.
+    pub(super) fn validate(&self, problem: &AttendProblem) -> Result<(), ProblemError> {
         let q = self.q.dims();
-        let checked = match &self.keys {
+        match &self.keys {
             Keys::Columns { columns, own } => problem.validate(
                 q,
                 columns.as_ref().map(KeyValue::dims),
                 own.as_ref().map(KeyValue::dims),
             ),
             Keys::Tokens(kv) => problem.validate_tokens(q, kv.dims()),
-        };
-        checked.unwrap_or_else(|error| panic!("attend: {error}"));
+        }
     }
 }
 

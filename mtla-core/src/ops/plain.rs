@@ -343,11 +343,43 @@ pub fn decode<B: AttentionBackend>(
     let pool = B::write_slots(pool, current, to_dtype(row, pool_dtype));
 
     let (k, v) = slots_as_keys(pool.clone(), slots, q.dtype(), p);
+    let out =
+        slot_weights(q, k, chunk, p)
+            .matmul(v)
+            .reshape([rows, p.heads, p.layout.value_width()]);
+    (out, pool)
+}
+
+/// The attention weights of a decoding step, `[rows, heads, max_slots]`: of the slots of each row's table in order, and 0
+/// after them. `pool` is the one that the step gave back.
+///
+/// # Panics
+/// If the shapes do not fit the problem.
+pub fn decode_weights<B: Backend>(
+    q: Tensor<B, 3>,
+    pool: Tensor<B, 2>,
+    table: Tensor<B, 2, Int>,
+    problem: &DecodeProblem,
+) -> Tensor<B, 3> {
+    let p = problem;
+    let [rows, heads, _] = q.dims();
+    let chunk = table.clone().narrow(1, 0, 1).div_scalar(p.stride as i64);
+    let (k, _) = slots_as_keys(pool, table.narrow(1, 1, p.max_slots), q.dtype(), p);
+    slot_weights(q, k, chunk, p).reshape([rows, heads, p.max_slots])
+}
+
+/// Weights `[rows, kv_heads, heads/kv_heads, max_slots]`.
+fn slot_weights<B: Backend>(
+    q: Tensor<B, 3>,
+    k: Tensor<B, 4>,
+    chunk: Tensor<B, 2, Int>,
+    p: &DecodeProblem,
+) -> Tensor<B, 4> {
+    let ([rows, _, _], g) = (q.dims(), p.layout.kv_heads());
     let hidden = Tensor::<B, 1, Int>::arange(0..p.max_slots as i64, &q.device())
         .reshape([1, p.max_slots])
         .expand([rows, p.max_slots])
         .greater(chunk.expand([rows, p.max_slots]));
-    let g = p.layout.kv_heads();
     let q = q
         .mul_scalar(p.scale)
         .reshape([rows, g, p.heads / g, p.layout.key_width()]);
@@ -356,11 +388,7 @@ pub fn decode<B: AttentionBackend>(
     let hidden = hidden
         .reshape([rows, 1, 1, p.max_slots])
         .expand(scores.shape());
-    let weights = to_dtype(softmax(scores.mask_fill(hidden, MASKED), 3), dtype);
-    let out = weights
-        .matmul(v)
-        .reshape([rows, p.heads, p.layout.value_width()]);
-    (out, pool)
+    to_dtype(softmax(scores.mask_fill(hidden, MASKED), 3), dtype)
 }
 
 /// Keys and values `[rows, kv_heads, max_slots, ..]` of the slots that a table `[rows, max_slots]` names.

@@ -79,9 +79,9 @@ impl Case {
         // What is common is a lower bound: now and then less is said than is true.
         let mut common = common(&tables);
         if n.below(4) == 0 {
-            common
-                .iter_mut()
-                .for_each(|count| *count = n.below(*count + 1));
+            for count in &mut common {
+                *count = n.below(*count + 1);
+            }
         }
         let max_slots = tables.iter().map(Vec::len).max().unwrap_or(1);
         let mut pool = vec![f64::NAN; slots * width];

@@ -8,6 +8,7 @@ use burn::{
 use mtla_core::{
     attention::{Attention, AttentionConfig, AttentionInput, QueryProjection},
     backend_tests,
+    cache::Cache,
     ops::AttentionBackend,
     rope::{RotaryConfig, RotaryLayout},
 };
@@ -16,11 +17,12 @@ use proptest::{prelude::any, strategy::Strategy};
 use crate::common::{
     Numbers, Tokens, check,
     layer::{Layer, any_attention, any_latent},
-    rows_of, vectors,
+    rows_of, values, vectors,
 };
 
 backend_tests!(
     one_token_a_slot_is_gated_mla,
+    weights_of_a_step_are_those_of_the_whole_sequence,
     an_open_gate_of_one_token_a_slot_is_mla,
     the_two_rotary_layouts_are_permutations_of_each_other,
 );
@@ -157,4 +159,39 @@ fn permute<B: Backend>(linear: &mut Linear<B>, skipped: usize, kept: usize, widt
     linear.weight = linear.weight.clone().map(|w| w.select(1, order.clone()));
     let bias = linear.bias.clone();
     linear.bias = bias.map(|bias: Param<Tensor<B, 1>>| bias.map(|b| b.select(0, order)));
+}
+
+/// A step's weights stand at slots: a slot is its chunk's last token so far.
+fn weights_of_a_step_are_those_of_the_whole_sequence<B: AttentionBackend>(device: &B::Device) {
+    for (config, stride) in [
+        (AttentionConfig::mha(16, 4), 1),
+        (AttentionConfig::gqa(16, 4, 2), 1),
+        (AttentionConfig::mla(16, 4), 1),
+        (AttentionConfig::mtla(16, 4), 2),
+        (AttentionConfig::mtla(16, 4).with_down_rate(3), 3),
+    ] {
+        let attention = config.init::<B>(device).expect("a sound configuration");
+        let tokens = 8;
+        let x = TensorData::new(Numbers::new(9).normals(2 * tokens * 16), [2, tokens, 16]);
+        let x = Tensor::<B, 3>::from_data(x, device);
+        let input = AttentionInput::new(x.clone()).with_weights();
+        let whole = attention.forward(input).weights.expect("asked for");
+        let mut cache = Cache::new(attention.cache_spec(), 1, device);
+        cache.join(2);
+        for token in 0..tokens {
+            let plan = cache.step(&[0, 1]);
+            let x = x.clone().narrow(1, token, 1).squeeze_dim(1);
+            let (_, found) = attention.step_with_weights(x, &plan, cache.layer_mut(0));
+            let slots = token / stride + 1;
+            assert_eq!(found.dims(), [2, 4, slots]);
+            for slot in 0..slots {
+                let last = ((slot + 1) * stride - 1).min(token);
+                let expected = whole.clone().narrow(2, token, 1).narrow(3, last, 1);
+                let found = found.clone().narrow(2, slot, 1);
+                for (a, b) in values(found).iter().zip(values(expected)) {
+                    assert!((a - b).abs() < 1e-5, "{a} and {b}, {config:?}");
+                }
+            }
+        }
+    }
 }

@@ -81,6 +81,7 @@ where
     }
 }
 
+pub use attend::try_attend;
 pub(super) use attend::{attend, attend_fused};
 pub(super) use fusion::decode as decode_fused;
 

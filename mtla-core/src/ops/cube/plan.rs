@@ -35,6 +35,8 @@ const MULTIPROCESSORS: usize = 32;
 const TILES: usize = 2;
 /// Rows of a team, where they share slots.
 const TEAMS: [usize; 7] = [2, 3, 4, 5, 6, 8, 10];
+/// Sums that a unit keeps for a team, at most: with more, few cubes find room on a multiprocessor.
+const TEAM_SUMS: usize = SUMS / 2;
 
 /// When a kernel uses plane operations (subgroups).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -110,6 +112,11 @@ impl Shape {
     pub(super) const fn queries(&self) -> usize {
         self.team * self.heads
     }
+
+    /// Sums that a unit keeps.
+    const fn sums(&self) -> usize {
+        self.sum_queries * self.sum_vectors * self.vector
+    }
 }
 
 /// The element types of a step.
@@ -157,7 +164,8 @@ impl DecodePlan {
         let larger = TEAMS
             .into_iter()
             .filter(|team| *team <= rows && problem.common.iter().any(|n| *n > 0))
-            .filter_map(|team| shape(problem, team, types, vector, device).ok());
+            .filter_map(|team| shape(problem, team, types, vector, device).ok())
+            .filter(|shape| shape.sums() <= TEAM_SUMS);
         let with_tiles = |shape| {
             let tiles = tiles(problem, &shape);
             (work(rows, &shape, tiles), shape, tiles)

@@ -30,7 +30,7 @@ where
     I: IntElement,
     BT: BoolElement,
 {
-    let Some(prepared) = Prepared::new::<R>(&operands, problem) else {
+    let Some(prepared) = Prepared::or_fall_back::<R>(&operands, problem) else {
         return plain::attend(operands, problem);
     };
     drop(operands);

@@ -15,7 +15,7 @@ use burn_cubecl::{BoolElement, CubeBackend, CubeRuntime, FloatElement, IntElemen
 
 use super::{
     super::{AttendOperands, AttendProblem, KeyValue, Keys, Visibility, plain},
-    fallback,
+    fallback::{self, KernelError, Unavailable},
 };
 use launch::{Numbers, Operands, launch};
 use plan::{AttendPlan, Own};
@@ -92,15 +92,14 @@ struct Prepared<B: Backend> {
 }
 
 impl<B: Backend> Prepared<B> {
-    /// `None` where the plain form is to run, which has been said then.
-    ///
-    /// # Panics
-    /// If the operands do not fit the problem, or a kernel is required and there is none.
-    fn new<R: CubeRuntime>(operands: &AttendOperands<B>, problem: &AttendProblem) -> Option<Self>
+    /// Of operands that fit the problem.
+    fn new<R: CubeRuntime>(
+        operands: &AttendOperands<B>,
+        problem: &AttendProblem,
+    ) -> Result<Self, Unavailable>
     where
         B: Backend<Device = R::Device>,
     {
-        operands.check(problem);
         let q = operands.q.clone();
         let device = q.device();
         let placed = Placed::new(operands.keys.clone(), problem);
@@ -114,9 +113,7 @@ impl<B: Backend> Prepared<B> {
         let properties = R::client(&device);
         let properties = properties.properties();
         let head_width = keys.k.dims()[3];
-        let plan = AttendPlan::new(problem, head_width, placed.own, &dtypes, properties)
-            .inspect_err(|reason| fallback::fall_back("attend", reason))
-            .ok()?;
+        let plan = AttendPlan::new(problem, head_width, placed.own, &dtypes, properties)?;
 
         let rows: Vec<i64> = plan.rows.iter().map(|n| *n as i64).collect();
         let rows = TensorData::new(rows, [problem.batch]);
@@ -129,7 +126,7 @@ impl<B: Backend> Prepared<B> {
             scale: problem.scale as f32,
             dropout: problem.dropout.map(|dropout| dropout.numbers()),
         };
-        Some(Self {
+        Ok(Self {
             q,
             keys,
             rows: Tensor::from_data(rows, &device),
@@ -137,6 +134,43 @@ impl<B: Backend> Prepared<B> {
             numbers,
         })
     }
+
+    /// `None` where the plain form is to run, which has been said then.
+    ///
+    /// # Panics
+    /// If the operands do not fit the problem, or a kernel is required and there is none.
+    fn or_fall_back<R: CubeRuntime>(
+        operands: &AttendOperands<B>,
+        problem: &AttendProblem,
+    ) -> Option<Self>
+    where
+        B: Backend<Device = R::Device>,
+    {
+        operands.check(problem);
+        Self::new::<R>(operands, problem)
+            .inspect_err(|reason| fallback::fall_back("attend", reason))
+            .ok()
+    }
+}
+
+/// [`attend`](crate::ops::AttentionBackend::attend) by the kernel, or not at all.
+///
+/// # Errors
+/// [`KernelError`] says whether the operands do not fit, or the kernel cannot run them.
+pub fn try_attend<R, F, I, BT>(
+    operands: AttendOperands<CubeBackend<R, F, I, BT>>,
+    problem: &AttendProblem,
+) -> Result<Tensor<CubeBackend<R, F, I, BT>, 4>, KernelError>
+where
+    R: CubeRuntime,
+    F: FloatElement,
+    I: IntElement,
+    BT: BoolElement,
+{
+    operands.validate(problem)?;
+    let prepared = Prepared::new::<R>(&operands, problem)?;
+    drop(operands);
+    Ok(run(prepared))
 }
 
 pub(in super::super) fn attend<R, F, I, BT>(
@@ -149,10 +183,22 @@ where
     I: IntElement,
     BT: BoolElement,
 {
-    let Some(prepared) = Prepared::new::<R>(&operands, problem) else {
+    let Some(prepared) = Prepared::or_fall_back::<R>(&operands, problem) else {
         return plain::attend(operands, problem);
     };
     drop(operands);
+    run(prepared)
+}
+
+fn run<R, F, I, BT>(
+    prepared: Prepared<CubeBackend<R, F, I, BT>>,
+) -> Tensor<CubeBackend<R, F, I, BT>, 4>
+where
+    R: CubeRuntime,
+    F: FloatElement,
+    I: IntElement,
+    BT: BoolElement,
+{
     let float = |x: Tensor<_, 4>| x.into_primitive().tensor();
     let operands = Operands::<R> {
         q: float(prepared.q),
