@@ -58,7 +58,11 @@ fn decode() -> Vec<Case> {
     let mut cases = Vec::new();
     for (variant, heads, layout, gated) in variants {
         for (suffix, rows, max_slots, common) in sizes {
-            for [float, pool] in types {
+            // Teams of rows are what beams add, whatever the pool's type.
+            let types = types
+                .iter()
+                .filter(|[float, pool]| common == 0 || float == pool);
+            for &[float, pool] in types {
                 let problem = DecodeProblem {
                     heads,
                     layout,
@@ -113,52 +117,53 @@ fn attend() -> Vec<Case> {
         ("mla-deepseek", 128, 128, 192, 64, 128, 1),
         ("mtla-odd", 3, 3, 15, 5, 10, 3),
     ] {
-        for dtype in [DType::F32, DType::F16, DType::BF16] {
-            for dropout in [
-                None,
-                Some(Dropout {
-                    probability: 0.1,
-                    seed: 1,
-                }),
-            ] {
-                let tokens = 512;
-                let problem = AttendProblem {
-                    batch: 2,
-                    heads,
-                    kv_heads,
-                    queries: tokens,
-                    columns: tokens / stride,
-                    self_term: stride > 1,
-                    key_width,
-                    value_width,
-                    visibility: Visibility::Causal {
-                        stride,
-                        offsets: vec![0; 2],
-                    },
-                    lengths: vec![tokens; 2],
-                    scale: 1.0,
-                    dropout,
+        let dropout = Dropout {
+            probability: 0.1,
+            seed: 1,
+        };
+        for (dtype, dropout) in [
+            (DType::F32, None),
+            (DType::F16, None),
+            (DType::BF16, None),
+            (DType::F32, Some(dropout)),
+        ] {
+            let tokens = 512;
+            let problem = AttendProblem {
+                batch: 2,
+                heads,
+                kv_heads,
+                queries: tokens,
+                columns: tokens / stride,
+                self_term: stride > 1,
+                key_width,
+                value_width,
+                visibility: Visibility::Causal {
+                    stride,
+                    offsets: vec![0; 2],
+                },
+                lengths: vec![tokens; 2],
+                scale: 1.0,
+                dropout,
+            };
+            let suffix = if dropout.is_some() { "-dropout" } else { "" };
+            let run = move |gpu: &Gpu| {
+                let new = |heads, width| {
+                    Tensor::<Backend, 4>::empty([2, heads, tokens, width], (gpu, dtype))
                 };
-                let suffix = if dropout.is_some() { "-dropout" } else { "" };
-                let run = move |gpu: &Gpu| {
-                    let new = |heads, width| {
-                        Tensor::<Backend, 4>::empty([2, heads, tokens, width], (gpu, dtype))
-                    };
-                    let operands = AttendOperands {
-                        q: new(heads, key_width),
-                        keys: Keys::Tokens(KeyValue {
-                            k: new(kv_heads, key_width - shared),
-                            shared: (shared > 0).then(|| new(1, shared)),
-                            v: new(kv_heads, value_width),
-                        }),
-                    };
-                    try_attend(operands, &problem).map(drop)
+                let operands = AttendOperands {
+                    q: new(heads, key_width),
+                    keys: Keys::Tokens(KeyValue {
+                        k: new(kv_heads, key_width - shared),
+                        shared: (shared > 0).then(|| new(1, shared)),
+                        v: new(kv_heads, value_width),
+                    }),
                 };
-                cases.push(Case {
-                    name: format!("{variant}{suffix} {}", dtype.name()),
-                    run: Box::new(run),
-                });
-            }
+                try_attend(operands, &problem).map(drop)
+            };
+            cases.push(Case {
+                name: format!("{variant}{suffix} {}", dtype.name()),
+                run: Box::new(run),
+            });
         }
     }
     cases
