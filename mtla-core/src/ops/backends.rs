@@ -5,7 +5,7 @@ use burn_autodiff::{Autodiff, checkpoint::strategy::CheckpointStrategy};
 
 use super::{
     Activation, AttendOperands, AttendProblem, AttentionBackend, DecodeOperands, DecodeProblem,
-    HeadMatrices, autodiff, plain,
+    autodiff, plain,
 };
 use crate::rope::Rotary;
 
@@ -135,9 +135,9 @@ mod flex {
     use super::Rotary;
     use super::{
         Activation, AttendOperands, AttendProblem, AttentionBackend, DecodeOperands, DecodeProblem,
-        HeadMatrices, Int, Tensor,
+        Int, Tensor,
     };
-    use crate::ops::{Derivatives, host};
+    use crate::ops::{Derivatives, HeadMatrices, host};
 
     impl AttentionBackend for Flex {
         fn attend(operands: AttendOperands<Self>, problem: &AttendProblem) -> Tensor<Self, 4> {
