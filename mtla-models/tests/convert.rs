@@ -2,6 +2,8 @@
 
 #![cfg(all(feature = "flex", feature = "convert"))]
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
 use burn::tensor::{Int, Tensor, TensorData, backend::Backend};
 use burn_flex::{Flex, FlexDevice};
 use mtla_core::{
@@ -21,6 +23,13 @@ fn model(attention: AttentionConfig) -> (DecoderConfig, Decoder<Flex>) {
     let config = DecoderConfig::new(VOCABULARY, 2, attention);
     let model = config.init(&FlexDevice).unwrap();
     (config, model)
+}
+
+/// Random numbers are the whole process's, and weights are drawn when they are first looked at: tests wait for each
+/// other, so that nobody draws between a seed and what is drawn from it.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn attentions() -> Vec<AttentionConfig> {
@@ -70,6 +79,7 @@ fn converted(attention: AttentionConfig, rank: usize, rope: usize) -> Converted<
 
 #[test]
 fn keys_and_values_are_exact_at_full_rank() {
+    let _alone = alone();
     for attention in attentions() {
         let width = match &attention {
             AttentionConfig::Gqa { dense, .. }
@@ -93,6 +103,7 @@ fn keys_and_values_are_exact_at_full_rank() {
 
 #[test]
 fn errors_fall_with_the_rank() {
+    let _alone = alone();
     for attention in attentions() {
         let reports: Vec<_> = [4, 8, 12, 16]
             .map(|rank| converted(attention.clone(), rank, 8).report.layers)
@@ -114,6 +125,7 @@ fn errors_fall_with_the_rank() {
 /// One set of keys and values for all heads, and all of its frequencies: only the norm is left between the two.
 #[test]
 fn what_the_norm_leaves_is_near() {
+    let _alone = alone();
     let attention = AttentionConfig::mqa(32, 4);
     let near = converted(attention.clone(), 16, 8);
     for layer in &near.report.layers {
@@ -139,6 +151,7 @@ fn what_the_norm_leaves_is_near() {
 
 #[test]
 fn to_mtla_with_a_gate_of_its_own() {
+    let _alone = alone();
     let (config, model) = model(AttentionConfig::gqa(32, 4, 2));
     let conversion = Conversion::new(16, 8).with_down_rate(Some(2));
     let converted = convert(&model, &config, &conversion, &text()).unwrap();
@@ -171,6 +184,7 @@ fn to_mtla_with_a_gate_of_its_own() {
 
 #[test]
 fn what_cannot_be_converted_is_told() {
+    let _alone = alone();
     let refused = |attention, conversion, text: &[Tensor<Flex, 2, Int>]| {
         let (config, model) = model(attention);
         convert(&model, &config, &conversion, text)
