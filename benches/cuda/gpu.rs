@@ -347,7 +347,7 @@ impl ComputeServer for Server {
         _: Vec<CopyDescriptor>,
         _: StreamId,
     ) -> DynFut<Result<Vec<Bytes>, ServerError>> {
-        unimplemented!("there is nothing to read")
+        unreachable!("cases read no results")
     }
 
     fn write(&mut self, _: Vec<(CopyDescriptor, Bytes)>, _: StreamId) {}
@@ -361,7 +361,7 @@ impl ComputeServer for Server {
         _: Binding,
         _: StreamId,
     ) -> Result<ManagedResource<NoMemory>, ServerError> {
-        unimplemented!("there is no memory")
+        unreachable!("there is no memory to ask about")
     }
 
     unsafe fn launch(
@@ -387,13 +387,13 @@ impl ComputeServer for Server {
     }
 
     fn memory_usage(&mut self, _: StreamId) -> Result<MemoryUsage, ServerError> {
-        unimplemented!("there is no memory")
+        unreachable!("there is no memory to ask about")
     }
 
     fn memory_cleanup(&mut self, _: StreamId) {}
 
     fn start_profile(&mut self, _: StreamId) -> Result<ProfilingToken, ServerError> {
-        unimplemented!("nothing runs")
+        unreachable!("nothing runs that could be timed")
     }
 
     fn end_profile(
@@ -401,7 +401,7 @@ impl ComputeServer for Server {
         _: StreamId,
         _: ProfilingToken,
     ) -> Result<ProfileDuration, ProfileError> {
-        unimplemented!("nothing runs")
+        unreachable!("nothing runs that could be timed")
     }
 
     fn allocation_mode(&mut self, _: MemoryAllocationMode, _: StreamId) {}

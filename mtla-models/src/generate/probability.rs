@@ -96,6 +96,7 @@ fn largest<T: Copy + PartialOrd>(
     count: usize,
     compare: fn(&T, &T) -> Ordering,
 ) -> Vec<u32> {
+    let count = count.min(scores.len());
     let order = |a: &u32, b: &u32| {
         let larger = compare(&scores[*b as usize], &scores[*a as usize]);
         larger.then(a.cmp(b))
@@ -178,7 +179,7 @@ mod tests {
         let scores: Vec<f32> = (0..1000).map(|i| ((i * 7919) % 131) as f32).collect();
         let mut sorted: Vec<u32> = (0..1000).collect();
         sorted.sort_by(|a, b| scores[*b as usize].total_cmp(&scores[*a as usize]));
-        for count in [0, 1, 2, 7, 20, 131, 999, 1000, 1001] {
+        for count in [0, 1, 2, 7, 20, 131, 999, 1000, 1001, usize::MAX] {
             let found = largest(&scores, count, f32::total_cmp);
             assert_eq!(found, sorted[..count.min(1000)], "{count}");
         }
