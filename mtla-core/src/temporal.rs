@@ -68,13 +68,17 @@ impl<B: Backend> TemporalGate<B> {
     }
 }
 
-/// Gated latents of tokens at any place: `latents [n, rank]`, each with its row of the
+/// The gates `[n, 1]` of tokens at any place: `latents [n, rank]`, each with its row of the
 /// [table](TemporalGate::table), `gates [n, rank + 1]`.
-pub fn apply_folded_gate<B: Backend>(latents: Tensor<B, 2>, gates: Tensor<B, 2>) -> Tensor<B, 2> {
+pub fn folded_gates<B: Backend>(latents: Tensor<B, 2>, gates: Tensor<B, 2>) -> Tensor<B, 2> {
     let rank = latents.dims()[1];
     let bias = gates.clone().narrow(1, rank, 1);
-    let logit = (gates.narrow(1, 0, rank) * latents.clone()).sum_dim(1) + bias;
-    latents * sigmoid(logit)
+    sigmoid((gates.narrow(1, 0, rank) * latents).sum_dim(1) + bias)
+}
+
+/// Gated latents of tokens at any place: `latents [n, rank]`, each times its [gate](folded_gates).
+pub fn apply_folded_gate<B: Backend>(latents: Tensor<B, 2>, gates: Tensor<B, 2>) -> Tensor<B, 2> {
+    latents.clone() * folded_gates(latents, gates)
 }
 
 /// Running merge inside chunks: `[rows, chunks, s, rank]`, the cumulative sum over the third axis.

@@ -8,7 +8,7 @@ use std::{
     task::{Context, Poll, Waker},
 };
 
-use burn::tensor::try_read_sync;
+use burn::tensor::{TensorData, try_read_sync};
 use common::{VOCAB, model, tokens};
 use futures_core::Stream;
 use mtla_core::{attention::AttentionConfig, backend_tests, ops::AttentionBackend};
@@ -346,7 +346,52 @@ fn a_stream_gives_what_the_iterator_gives<B: AttentionBackend>(device: &B::Devic
     assert_eq!(found, expected);
 }
 
+/// What layers do is read back beside the tokens, and changes none of them.
+fn observed_layers_say_what_they_did<B: AttentionBackend>(device: &B::Device) {
+    let model = mtla::<B>(device);
+    let run = |layers: &[usize]| {
+        let mut engine = Engine::new(&model);
+        engine.observe(layers);
+        let mut results = Results::default();
+        // The second request comes when the first has two tokens: a step of one row and a prompt together.
+        engine.submit(request((0, 9, 7))).unwrap();
+        results.advance(&mut engine);
+        results.advance(&mut engine);
+        engine.submit(request((2, 6, 5))).unwrap();
+        let mut shapes = Vec::new();
+        while !engine.is_idle() {
+            results.advance(&mut engine);
+            let list = |data: &TensorData| data.shape.to_vec();
+            for observed in engine.observed() {
+                let gates = observed.gates.as_ref().unwrap();
+                assert!(gates.iter::<f32>().all(|gate| (0.0..=1.0).contains(&gate)));
+                let weights = observed.weights.as_ref();
+                if let Some(weights) = weights {
+                    let numbers: Vec<f32> = weights.iter().collect();
+                    for head in numbers.chunks(weights.shape[2]) {
+                        assert!((head.iter().sum::<f32>() - 1.0).abs() < 1e-5, "{head:?}");
+                    }
+                }
+                shapes.push((observed.layer, list(gates), weights.map(list)));
+            }
+        }
+        (results.finished, shapes)
+    };
+    let (expected, nothing) = run(&[]);
+    assert!(nothing.is_empty());
+    let (found, shapes) = run(&[1]);
+    for (request, completions) in &expected {
+        assert_alike(&found[request], completions);
+    }
+    // The first row has nine tokens then, in three slots, and the prompt five; then all four rows go on.
+    let first = [(1, vec![1, 1], Some(vec![1, 4, 3])), (1, vec![1, 5], None)];
+    assert_eq!(shapes[..2], first);
+    assert_eq!(shapes[2], (1, vec![4, 1], Some(vec![4, 4, 4])));
+    assert_eq!(run(&[0, 1]).1.len(), 2 * shapes.len());
+}
+
 backend_tests!(
+    observed_layers_say_what_they_did,
     requests_that_join_become_what_they_become_alone,
     samples_and_beams_share_the_prompt,
     stop_strings_end_a_sequence,

@@ -347,7 +347,7 @@ impl<B: AttentionBackend> CrossAttention<B> {
         plan: &PrefillPlan<B>,
         pool: &mut LayerPool<B>,
     ) {
-        pool.check(self.cache_spec());
+        pool.begin(self.cache_spec());
         plan.check(&source);
         let [rows, frames, _] = source.dims();
         let latents = self.kv_norm.forward(project(&self.wkv_a, source));

@@ -121,7 +121,7 @@ impl<B: AttentionBackend> Attention<B> {
         plan: &PrefillPlan<B>,
         pool: &mut LayerPool<B>,
     ) -> Tensor<B, 3> {
-        pool.check(self.cache_spec());
+        pool.begin(self.cache_spec());
         match self {
             Self::Grouped(layer) => layer.prefill(x, plan, pool),
             Self::Latent(layer) => layer.prefill(x, plan, pool),
@@ -140,7 +140,7 @@ impl<B: AttentionBackend> Attention<B> {
         plan: &PrefillPlan<B>,
         pool: &mut LayerPool<B>,
     ) -> Tensor<B, 2> {
-        pool.check(self.cache_spec());
+        pool.begin(self.cache_spec());
         match self {
             Self::Grouped(layer) => layer.prefill_last(x, plan, pool),
             Self::Latent(layer) => layer.prefill_last(x, plan, pool),
@@ -153,7 +153,7 @@ impl<B: AttentionBackend> Attention<B> {
     /// # Panics
     /// As [`prefill`](Self::prefill).
     pub fn prefill_keys(&self, x: Tensor<B, 3>, plan: &PrefillPlan<B>, pool: &mut LayerPool<B>) {
-        pool.check(self.cache_spec());
+        pool.begin(self.cache_spec());
         match self {
             Self::Grouped(layer) => layer.prefill_keys(x, plan, pool),
             Self::Latent(layer) => layer.prefill_keys(x, plan, pool),
@@ -196,7 +196,7 @@ impl<B: AttentionBackend> Attention<B> {
         pool: &mut LayerPool<B>,
         weights: bool,
     ) -> (Tensor<B, 2>, Option<Tensor<B, 3>>) {
-        pool.check(self.cache_spec());
+        pool.begin(self.cache_spec());
         let (y, weights) = match self {
             Self::Grouped(layer) => layer.step(x, plan, pool, weights),
             Self::Latent(layer) => layer.step(x, plan, pool, weights),

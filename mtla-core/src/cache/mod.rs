@@ -37,6 +37,7 @@
 //! # }
 //! ```
 
+mod observation;
 mod plan;
 mod tables;
 
@@ -47,6 +48,7 @@ use crate::{
     ops::{AttentionBackend, DecodeOperands, DecodeProblem, plain},
     temporal::TemporalGate,
 };
+pub use observation::Observation;
 pub use plan::{PrefillPlan, StepPlan};
 use tables::{Orders, Row, Tables};
 
@@ -116,6 +118,8 @@ pub struct LayerPool<B: Backend> {
     slots: Option<Tensor<B, 2>>,
     /// Folded gates of the chunks seen so far, `[chunks, rank + 1]`; belongs to the layer's weights.
     gates: Option<Tensor<B, 2>>,
+    is_observed: bool,
+    observation: Option<Observation<B>>,
 }
 
 impl<B: Backend> LayerPool<B> {
@@ -127,6 +131,15 @@ impl<B: Backend> LayerPool<B> {
         self.slots
             .clone()
             .expect("an earlier operation on this pool panicked")
+    }
+
+    /// Begins a call of a layer that writes to this pool.
+    ///
+    /// # Panics
+    /// As [`check`](Self::check).
+    pub(crate) fn begin(&mut self, spec: CacheSpec) {
+        self.check(spec);
+        self.observation = None;
     }
 
     /// # Panics
@@ -173,8 +186,10 @@ impl<B: AttentionBackend> LayerPool<B> {
         table: &SlotTable<B>,
         weights: bool,
     ) -> (Tensor<B, 3>, Option<Tensor<B, 3>>) {
-        let q = weights.then(|| new.q.clone());
-        self.update(|pool| {
+        let is_observed = self.is_observed;
+        let gates = is_observed.then(|| Self::step_gates(&new, problem));
+        let q = (weights || is_observed).then(|| new.q.clone());
+        let (out, weights) = self.update(|pool| {
             let operands = DecodeOperands {
                 q: new.q,
                 row: new.row,
@@ -186,7 +201,14 @@ impl<B: AttentionBackend> LayerPool<B> {
             let table = table.packed.clone();
             let weights = q.map(|q| plain::decode_weights(q, pool.clone(), table, problem));
             ((out, weights), pool)
-        })
+        });
+        if let Some(gates) = gates {
+            self.observation = Some(Observation {
+                gates: gates.map(Tensor::detach),
+                weights: weights.clone().map(Tensor::detach),
+            });
+        }
+        (out, weights)
     }
 }
 
@@ -212,6 +234,8 @@ impl<B: AttentionBackend> Cache<B> {
             spec,
             slots: Some(empty),
             gates: None,
+            is_observed: false,
+            observation: None,
         };
         let mut cache = Self {
             spec,

@@ -6,7 +6,7 @@ use super::{LayerPool, SlotTable, index};
 use crate::{
     ops::{AttentionBackend, plain::to_dtype},
     rope::Rotary,
-    temporal::{TemporalGate, apply_folded_gate, running_merge},
+    temporal::{TemporalGate, folded_gates, running_merge},
 };
 
 /// A step of one token a row. Made by [`Cache::step`](super::Cache::step), and good once for each layer, until the next
@@ -222,7 +222,9 @@ impl<B: Backend> PrefillPlan<B> {
         let (device, dtype) = (latents.device(), latents.dtype());
         let gates = pool.gates(gate, grid.last_chunk);
         let gates = gates.select(0, grid.chunk_numbers.clone());
-        let gated = apply_folded_gate(latents, gates);
+        let gates = folded_gates(latents.clone(), gates);
+        pool.observe_prefill(&gates, rows);
+        let gated = latents * gates;
         let open = pool.slots().select(0, grid.carry_slots.clone());
         let open = to_dtype(open.narrow(1, 0, rank), dtype);
         let zero = Tensor::zeros([1, rank], (&device, dtype));

@@ -65,7 +65,7 @@ use mtla_core::{
 };
 
 pub use config::{EarlyStopping, GenerationConfig};
-pub use engine::Engine;
+pub use engine::{Engine, Observed};
 pub use error::GenerationError;
 pub use events::{Completion, Event, EventKind, FinishReason, RequestId, TokenEvent};
 pub use generation::{Generation, complete, generate, generate_async};

@@ -1,9 +1,12 @@
 //! One call to the model for all rows of an engine.
 
-use burn::tensor::{Int, Tensor, TensorData, backend::ExecutionError};
-use mtla_core::{cache::Cache, ops::AttentionBackend};
+use burn::tensor::{DType, FloatDType, Int, Shape, Tensor, TensorData, backend::ExecutionError};
+use mtla_core::{
+    cache::{Cache, Observation},
+    ops::AttentionBackend,
+};
 
-use super::Job;
+use super::{Job, Observed};
 use crate::generate::{LanguageModel, search::Rows};
 
 /// What the model was asked: of some rows the most probable token, of the others the logits.
@@ -11,6 +14,7 @@ use crate::generate::{LanguageModel, search::Rows};
 pub(super) struct Batch<B: AttentionBackend> {
     most_probable: Option<Tensor<B, 2, Int>>,
     logits: Option<Tensor<B, 2>>,
+    observations: Vec<(usize, Observation<B>)>,
 }
 
 /// What the model says, read back from the device.
@@ -19,6 +23,7 @@ pub(super) struct Answers {
     most_probable: Vec<u32>,
     logits: Vec<f32>,
     vocab_size: usize,
+    observed: Vec<Observed>,
 }
 
 impl<B: AttentionBackend> Batch<B> {
@@ -28,15 +33,23 @@ impl<B: AttentionBackend> Batch<B> {
         model: &M,
         cache: &mut Cache<B>,
         jobs: &[Job],
+        layers: &[usize],
     ) -> Option<Self> {
+        let mut observations = Vec::new();
+        let mut observe = |cache: &Cache<B>| {
+            let of = |layer: &usize| Some((*layer, cache.layer(*layer).observation()?.clone()));
+            observations.extend(layers.iter().filter_map(of));
+        };
         let sequences: Vec<&[u32]> = jobs.iter().flat_map(|x| x.search.sequences()).collect();
         let (old, new) = sequences.split_at(cache.rows());
         let mut logits = Vec::with_capacity(2);
         if !old.is_empty() {
             logits.push(step(model, cache, old));
+            observe(cache);
         }
         if !new.is_empty() {
             logits.push(prefill(model, cache, new));
+            observe(cache);
         }
         if logits.is_empty() {
             return None;
@@ -45,7 +58,10 @@ impl<B: AttentionBackend> Batch<B> {
             1 => logits.pop().expect("one"),
             _ => Tensor::cat(logits, 0),
         };
-        Some(Self::split(logits, jobs))
+        Some(Self {
+            observations,
+            ..Self::split(logits, jobs)
+        })
     }
 
     /// Takes from the logits of all rows what the jobs want.
@@ -71,29 +87,65 @@ impl<B: AttentionBackend> Batch<B> {
         Self {
             most_probable: select(plain).map(|logits| logits.argmax(1)),
             logits: select(whole),
+            observations: Vec::new(),
         }
     }
 
-    /// Waits for the model.
+    /// Waits for the model. Everything is read back together, as one tensor.
     pub(super) async fn answers(&self) -> Result<Answers, ExecutionError> {
-        let most_probable = match self.most_probable.clone() {
-            Some(tokens) => tokens.into_data_async().await?.iter::<u32>().collect(),
-            None => Vec::new(),
+        // Ids are whole numbers below 2^24 in 32-bit floats, too.
+        let most_probable = self.most_probable.clone().map(|ids| flat(ids.float()));
+        let mut parts: Vec<_> = most_probable.into_iter().collect();
+        parts.extend(self.logits.clone().map(flat));
+        for (_, observation) in &self.observations {
+            parts.extend(observation.gates.clone().map(flat));
+            parts.extend(observation.weights.clone().map(flat));
+        }
+        let whole = match parts.len() {
+            1 => parts.pop().expect("one"),
+            _ => Tensor::cat(parts, 0),
         };
-        let vocab_size = self.logits.as_ref().map_or(0, |logits| logits.dims()[1]);
-        let logits = match self.logits.clone() {
-            Some(logits) => logits.into_data_async().await?.iter::<f32>().collect(),
-            None => Vec::new(),
+        let numbers = whole.into_data_async().await?;
+        let mut numbers = numbers.iter::<f32>();
+        let mut next = |shape: Option<Shape>| -> Option<TensorData> {
+            let shape = shape?;
+            let part = numbers.by_ref().take(shape.num_elements());
+            Some(TensorData::new(part.collect::<Vec<f32>>(), shape))
         };
+        let most_probable = next(self.most_probable.as_ref().map(Tensor::shape));
+        let logits = next(self.logits.as_ref().map(Tensor::shape));
+        let observed = self.observations.iter();
+        let observed = observed.map(|(layer, observation)| Observed {
+            layer: *layer,
+            gates: next(observation.gates.as_ref().map(Tensor::shape)),
+            weights: next(observation.weights.as_ref().map(Tensor::shape)),
+        });
         Ok(Answers {
-            most_probable,
-            logits,
-            vocab_size,
+            observed: observed.collect(),
+            most_probable: most_probable.map_or_else(Vec::new, |x| x.iter::<u32>().collect()),
+            logits: logits.map_or_else(Vec::new, |x| x.iter::<f32>().collect()),
+            vocab_size: self.logits.as_ref().map_or(0, |logits| logits.dims()[1]),
         })
     }
 }
 
+/// All numbers of a tensor in a row, in 32 bits.
+fn flat<B: AttentionBackend, const D: usize>(x: Tensor<B, D>) -> Tensor<B, 1> {
+    let count = x.shape().num_elements();
+    let x = x.reshape([count]);
+    if x.dtype() == DType::F32 {
+        x
+    } else {
+        x.cast(FloatDType::F32)
+    }
+}
+
 impl Answers {
+    /// What layers did meanwhile.
+    pub(super) fn take_observed(&mut self) -> Vec<Observed> {
+        std::mem::take(&mut self.observed)
+    }
+
     /// Reads them job by job.
     pub(super) fn reader(&self) -> AnswerReader<'_> {
         AnswerReader {

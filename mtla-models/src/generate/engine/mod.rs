@@ -4,6 +4,7 @@ mod batch;
 
 use std::collections::VecDeque;
 
+use burn::tensor::TensorData;
 use mtla_core::{cache::Cache, ops::AttentionBackend};
 
 use super::{
@@ -57,6 +58,19 @@ pub struct Engine<B: AttentionBackend, M: LanguageModel<B>> {
     joint_stopping: bool,
     submitted: u64,
     peak_bytes: usize,
+    observed_layers: Vec<usize>,
+    observed: Vec<Observed>,
+}
+
+/// What a layer did with the newest tokens; see [`Engine::observe`].
+#[derive(Debug, Clone)]
+pub struct Observed {
+    /// Number of the layer, from 0.
+    pub layer: usize,
+    /// The gates `[rows, tokens]` of the new tokens, where there are gates.
+    pub gates: Option<TensorData>,
+    /// The attention weights `[rows, heads, slots]`, if the call was a step.
+    pub weights: Option<TensorData>,
 }
 
 /// A request on its way.
@@ -83,6 +97,8 @@ impl<B: AttentionBackend, M: LanguageModel<B>> Engine<B, M> {
             joint_stopping: false,
             submitted: 0,
             peak_bytes: 0,
+            observed_layers: Vec::new(),
+            observed: Vec::new(),
         }
     }
 
@@ -168,6 +184,23 @@ impl<B: AttentionBackend, M: LanguageModel<B>> Engine<B, M> {
         self.peak_bytes
     }
 
+    /// Reads back from now on what `layers` do, for pictures, together with what is read anyway: see
+    /// [`Cache::observe`]. [`observed`](Self::observed) gives it out.
+    ///
+    /// # Panics
+    /// If there is no such layer.
+    pub fn observe(&mut self, layers: &[usize]) {
+        self.cache.observe(layers);
+        self.observed_layers = layers.to_vec();
+        self.observed.clear();
+    }
+
+    /// What the [observed](Self::observe) layers did in the last [`advance`](Self::advance): first with the rows that
+    /// were there, a token each, then with the prompts of new requests, whose rows come after those.
+    pub fn observed(&self) -> &[Observed] {
+        &self.observed
+    }
+
     /// Goes one token on with every request; what happened comes in the order in which the requests were
     /// submitted, then by sample. Nothing happens if there are no requests.
     ///
@@ -178,7 +211,12 @@ impl<B: AttentionBackend, M: LanguageModel<B>> Engine<B, M> {
     pub async fn advance(&mut self) -> Result<Vec<Event>, GenerationError> {
         if self.asked.is_none() {
             self.admit();
-            self.asked = Batch::ask(&self.model, &mut self.cache, &self.running);
+            self.asked = Batch::ask(
+                &self.model,
+                &mut self.cache,
+                &self.running,
+                &self.observed_layers,
+            );
             self.peak_bytes = self.peak_bytes.max(self.cache.live_bytes());
         }
         let Some(asked) = &self.asked else {
@@ -187,7 +225,10 @@ impl<B: AttentionBackend, M: LanguageModel<B>> Engine<B, M> {
         let answers = asked.answers().await;
         self.asked = None;
         match answers {
-            Ok(answers) => Ok(self.take(&answers)),
+            Ok(mut answers) => {
+                self.observed = answers.take_observed();
+                Ok(self.take(&answers))
+            }
             Err(error) => {
                 self.clear();
                 Err(GenerationError::Device(error))
