@@ -17,6 +17,8 @@
 
 mod config;
 mod layer;
+#[cfg(feature = "store")]
+mod store;
 
 use burn::{
     module::Module,
@@ -34,6 +36,8 @@ use crate::generate::LanguageModel;
 pub use config::{DecoderConfig, FeedForwardKind, NormKind};
 use layer::Dropout;
 pub use layer::{DecoderLayer, FeedForward};
+#[cfg(feature = "store")]
+pub use store::StoreError;
 
 /// A decoder-only transformer. Made by [`DecoderConfig::init`].
 ///

@@ -28,6 +28,7 @@ const ROLES: [&str; 7] = [
 ];
 
 /// What the files beside `tokenizer.json` say.
+#[derive(Default)]
 pub(super) struct Settings {
     /// The tokens that have a role, by the role's name.
     pub(super) roles: BTreeMap<&'static str, Token>,
@@ -49,7 +50,7 @@ pub(super) struct Around {
 }
 
 /// Chat templates by name, and the file that they are from.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub(super) struct Templates {
     pub(super) path: PathBuf,
     pub(super) by_name: BTreeMap<String, String>,

@@ -80,17 +80,30 @@ impl Tokenizer {
             path: path.clone(),
             source: io::ErrorKind::NotFound.into(),
         })?;
+        Self::build(path, &bytes, Settings::load(directory)?)
+    }
+
+    /// The tokenizer of a `tokenizer.json` alone, for programs without a disk. It names no tokens with a role, and has
+    /// no chat template.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be used.
+    pub fn from_json(json: &[u8]) -> Result<Self, TokenizerError> {
+        Self::build("tokenizer.json".into(), json, Settings::default())
+    }
+
+    fn build(path: PathBuf, bytes: &[u8], settings: Settings) -> Result<Self, TokenizerError> {
         let invalid = |reason| TokenizerError::Invalid {
             path: path.clone(),
             reason,
         };
-        let json = serde_json::from_slice(&bytes).map_err(|error| invalid(error.to_string()))?;
+        let json = serde_json::from_slice(bytes).map_err(|error| invalid(error.to_string()))?;
         check_templates(&json).map_err(invalid)?;
-        let mut inner = Inner::from_bytes(&bytes).map_err(|error| invalid(error.to_string()))?;
+        let mut inner = Inner::from_bytes(bytes).map_err(|error| invalid(error.to_string()))?;
         let unlimited = inner.with_padding(None).with_truncation(None);
         unlimited.map_err(|error| invalid(error.to_string()))?;
 
-        let settings = Settings::load(directory)?;
         add_missing(&mut inner, &settings);
         let content = |token: &files::Token| token.content().to_owned();
         let roles: BTreeMap<&'static str, String> = settings
