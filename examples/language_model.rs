@@ -13,6 +13,8 @@
 
 #[path = "language_model/arguments.rs"]
 mod arguments;
+#[path = "language_model/export.rs"]
+mod export;
 #[path = "language_model/init.rs"]
 mod init;
 #[path = "language_model/report.rs"]
@@ -127,6 +129,9 @@ impl Program for LanguageModelRun {
         report.print();
         // Training has ended, so the run directory is free again.
         RunDir::open(&run)?.write("report.json", &serde_json::to_vec_pretty(&report)?)?;
+        if let Some(folder) = &arguments.export {
+            export::export(folder, &model, &settings.model, &codec, &report)?;
+        }
         write(&model, &codec, &text.prompts(&arguments.prompt), &sampling)
     }
 }

@@ -101,6 +101,10 @@ pub(crate) struct Arguments {
     /// Longest text to write, in tokens.
     #[arg(long, value_name = "N", default_value_t = 200)]
     max_new_tokens: usize,
+    /// Write the trained model into this folder too, for programs without Rust's records: `decoder.json`,
+    /// `model.safetensors` (16-bit floats), `tokenizer.json`, and `report.json` with its scores.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) export: Option<PathBuf>,
     /// Progress as plain lines even on a terminal.
     #[arg(long)]
     plain: bool,
