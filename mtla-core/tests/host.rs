@@ -14,7 +14,7 @@ use burn_flex::{Flex, FlexDevice};
 use common::{
     Numbers,
     attend::{Case, Form, assert_close, leaf, map, run},
-    check, values,
+    check, common_slots, values,
 };
 use mtla_core::{
     attention::{AttentionConfig, AttentionInput},
@@ -423,7 +423,7 @@ impl Step {
         let starts: Vec<usize> = (0..rows).map(|_| pick(0, 400)).collect();
         let max_slots = starts.iter().map(|s| s / stride + 1).max().unwrap_or(1) + pick(0, 3);
         let prefix = pick(0, max_slots);
-        let mut table = Vec::new();
+        let (mut table, mut tables) = (Vec::new(), Vec::new());
         for (row, start) in starts.iter().enumerate() {
             let used = start / stride + 1;
             table.push(*start as i64);
@@ -436,9 +436,10 @@ impl Step {
                     own(i)
                 }
             };
-            let line: Vec<i64> = (0..used).map(|i| slot(i) as i64).collect();
-            table.extend(&line);
-            table.extend(std::iter::repeat_n(line[used - 1], max_slots - used));
+            let line: Vec<usize> = (0..used).map(slot).collect();
+            let filled = (0..max_slots).map(|i| line[i.min(used - 1)] as i64);
+            table.extend(filled);
+            tables.push(line);
         }
         let problem = DecodeProblem {
             heads: group * layout.kv_heads(),
@@ -446,7 +447,7 @@ impl Step {
             stride,
             starts,
             max_slots,
-            common: vec![0; rows],
+            common: common_slots(&tables),
             scale: (layout.key_width() as f64).powf(-0.5),
         };
         Self {

@@ -4,6 +4,9 @@
 //! form sees them. Everything that a kernel needs to choose its launch is here on the host, so that no
 //! implementation has to read a tensor back.
 
+#[cfg(any(feature = "flex", feature = "cube"))]
+use std::ops::Range;
+
 use crate::ops::Dropout;
 
 /// A problem whose operands do not fit together: a programmer's mistake in the caller.
@@ -274,6 +277,20 @@ pub struct DecodeProblem {
 }
 
 impl DecodeProblem {
+    /// Slots of a row, the new token's slot included.
+    #[cfg(any(feature = "flex", feature = "cube"))]
+    pub(super) fn slots(&self, row: usize) -> usize {
+        self.starts[row] / self.stride + 1
+    }
+
+    /// Slots that all of these neighbouring rows begin with, those of new tokens not among them; 0 for a single row.
+    #[cfg(any(feature = "flex", feature = "cube"))]
+    pub(super) fn shared(&self, rows: Range<usize>) -> usize {
+        let alike = self.common[rows.start + 1..rows.end].iter().copied().min();
+        let held = rows.map(|row| self.slots(row) - 1);
+        held.fold(alike.unwrap_or(0), usize::min)
+    }
+
     /// Checks the operands' shapes.
     ///
     /// # Errors

@@ -20,7 +20,7 @@ use mtla_core::{
 
 use crate::{
     alone,
-    common::{Numbers, values},
+    common::{Numbers, common_slots, values},
 };
 
 /// A random step and its operands as numbers.
@@ -85,7 +85,7 @@ impl Case {
 
         let (slots, tables) = tables(&mut n, &starts, stride, beams);
         // What is common is a lower bound: now and then less is said than is true.
-        let mut common = common(&tables);
+        let mut common = common_slots(&tables);
         if n.below(4) == 0 {
             for count in &mut common {
                 *count = n.below(*count + 1);
@@ -253,14 +253,6 @@ fn tables(
         }
     }
     (slots, tables)
-}
-
-/// Slots that each row begins with as the row before it does.
-fn common(tables: &[Vec<usize>]) -> Vec<usize> {
-    let before = std::iter::once(&[][..]).chain(tables.iter().map(Vec::as_slice));
-    let alike =
-        |(a, b): (&[usize], &Vec<usize>)| a.iter().zip(b).take_while(|(a, b)| a == b).count();
-    before.zip(tables).map(alike).collect()
 }
 
 fn tensor<B: Backend, const D: usize>(

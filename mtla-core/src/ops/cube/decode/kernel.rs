@@ -28,7 +28,10 @@
 use burn_cubecl::cubecl;
 use cubecl::prelude::*;
 
-use super::{LOWEST, across, plan::Shape};
+use super::{
+    super::{LOWEST, across},
+    plan::Shape,
+};
 
 /// With one part a row, `out` is the result `[rows, heads, values]`; with several, what
 /// [`combine`](super::combine) makes the result of: `[rows, parts, heads, values + 2]`, the last two vectors being
@@ -104,22 +107,18 @@ pub(super) fn decode_kernel<F: Float, P: Float, I: Int, O: Float, N: Size>(
         // Which slots, by whose line of the table, and who sees them. Table entries are held within bounds.
         let number = part * tiles_each + number;
         let mut is_shared = false.runtime();
-        let mut member = number / own_tiles;
-        let mut begin = number % own_tiles * shape.tile;
+        let mut own_number = number;
         if comptime!(shape.team > 1) {
             is_shared = number < shared_tiles;
-            let number = select(is_shared, 0, number - shared_tiles);
-            member = number / own_tiles;
-            begin = common + number % own_tiles * shape.tile;
+            own_number = select(is_shared, 0, number - shared_tiles);
         }
+        let member = own_number / own_tiles;
         let row_number = min(first_row + member, rows - 1);
         let start = usize::cast_from(table[row_number * line]);
         let newest = newest(table, row_number, stride);
         let opens = start.is_multiple_of(stride);
+        let mut begin = common + own_number % own_tiles * shape.tile;
         let mut end = newest + 1;
-        if member >= shape.team || first_row + member >= rows {
-            end = 0;
-        }
         let mut first_query = member * shape.heads;
         let mut queries = shape.heads.runtime();
         if comptime!(shape.team > 1) && is_shared {
@@ -127,6 +126,8 @@ pub(super) fn decode_kernel<F: Float, P: Float, I: Int, O: Float, N: Size>(
             end = common;
             first_query = 0;
             queries = comptime!(shape.queries()).runtime();
+        } else if member >= shape.team || first_row + member >= rows {
+            end = 0;
         }
 
         for query in range_stepped(unit, comptime!(shape.queries()), shape.units) {

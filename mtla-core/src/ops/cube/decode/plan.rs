@@ -1,16 +1,12 @@
 //! How a decoding step is laid out on a device: sizes that are compiled into the kernel, and the number of cubes.
 
-use std::sync::atomic::{AtomicU8, Ordering};
-
 use burn::tensor::DType;
 use burn_cubecl::cubecl;
-use cubecl::{
-    features::{Plane, TypeUsage},
-    ir::DeviceProperties,
-};
+use cubecl::ir::DeviceProperties;
 
-use super::{
+use super::super::{
     super::{DecodeProblem, SlotLayout},
+    device::{SUMS, is_float, is_usable, plane_size, vector},
     fallback::Unavailable,
 };
 
@@ -24,10 +20,6 @@ const TILE: usize = 32;
 const BLOCK: usize = 4;
 /// Units that share a comparison, at least: neighbours then read neighbouring channels, from different banks.
 const LANES: usize = 8;
-/// Sums that a unit keeps in registers, at most.
-pub(super) const SUMS: usize = 128;
-/// Elements of a vector, at most.
-const VECTOR: usize = 4;
 /// Cubes that keep a multiprocessor busy, how many of them to expect where a device does not say, and the
 /// tiles that are worth a cube of their own.
 const CUBES: usize = 4;
@@ -37,35 +29,6 @@ const TILES: usize = 2;
 const TEAMS: [usize; 7] = [2, 3, 4, 5, 6, 8, 10];
 /// Sums that a unit keeps for a team, at most: with more, few cubes find room on a multiprocessor.
 const TEAM_SUMS: usize = SUMS / 2;
-
-/// When a kernel uses plane operations (subgroups).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Planes {
-    /// Where the device says that it has them.
-    Reported,
-    /// Nowhere: for drivers that get them wrong.
-    Never,
-    /// Everywhere: for tests on devices that have them and don't say so.
-    Always,
-}
-
-static PLANES: AtomicU8 = AtomicU8::new(Planes::Reported as u8);
-
-/// When kernels use plane operations, from now on and in the whole process.
-pub fn use_planes(planes: Planes) {
-    PLANES.store(planes as u8, Ordering::Relaxed);
-}
-
-/// Units of a plane; 1 where plane operations are not to be used.
-fn plane_size(device: &DeviceProperties) -> usize {
-    let forced = PLANES.load(Ordering::Relaxed);
-    let reported = device.features.plane.contains(Plane::Ops);
-    let size = device.hardware.plane_size_min as usize;
-    if forced == Planes::Never as u8 || !reported && forced != Planes::Always as u8 {
-        return 1;
-    }
-    if size.is_power_of_two() { size } else { 1 }
-}
 
 /// Sizes that the kernel is compiled for. All widths are in vectors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -198,20 +161,12 @@ impl DecodePlan {
 
 /// Tiles of slots that a team has in common, and of a row's own: the most that any team or row has.
 fn tiles(problem: &DecodeProblem, shape: &Shape) -> [usize; 2] {
-    let slots: Vec<usize> = problem
-        .starts
-        .iter()
-        .map(|start| start / problem.stride + 1)
-        .collect();
     let (mut shared, mut own) = (0, 1);
-    for (slots, common) in slots
-        .chunks(shape.team)
-        .zip(problem.common.chunks(shape.team))
-    {
-        let of_all = common[1..].iter().copied().min().unwrap_or_default();
-        // New tokens' slots are each row's own.
-        let of_all = slots.iter().map(|n| n - 1).fold(of_all, usize::min);
-        let longest = slots.iter().max().copied().unwrap_or_default();
+    let rows = problem.starts.len();
+    for first in (0..rows).step_by(shape.team) {
+        let team = first..rows.min(first + shape.team);
+        let of_all = problem.shared(team.clone());
+        let longest = team.map(|row| problem.slots(row)).max().unwrap_or_default();
         shared = shared.max(of_all.div_ceil(shape.tile));
         own = own.max((longest - of_all).div_ceil(shape.tile));
     }
@@ -222,17 +177,6 @@ fn tiles(problem: &DecodeProblem, shape: &Shape) -> [usize; 2] {
 fn work(rows: usize, shape: &Shape, [shared, own]: [usize; 2]) -> usize {
     let team = shape.team;
     rows.div_ceil(team) * shape.tile * (shared * (2 + team) + own * team * 3)
-}
-
-/// Whether the device loads, stores and converts numbers of this type.
-fn is_usable(dtype: DType, device: &DeviceProperties) -> bool {
-    let usage = TypeUsage::Buffer | TypeUsage::Conversion;
-    device.type_usage(dtype.into()).is_superset(usage)
-}
-
-/// Whether kernels take floats of this type on the device.
-pub(super) fn is_float(dtype: DType, device: &DeviceProperties) -> bool {
-    matches!(dtype, DType::F32 | DType::F16 | DType::BF16) && is_usable(dtype, device)
 }
 
 fn check_types(types: Types, device: &DeviceProperties) -> Result<(), Unavailable> {
@@ -248,15 +192,6 @@ fn check_types(types: Types, device: &DeviceProperties) -> Result<(), Unavailabl
         } if gates != types.float => missing("gates", gates),
         _ => Ok(()),
     }
-}
-
-/// The longest vector of elements of this many bytes that divides all widths and that the device loads at once.
-pub(super) fn vector(widths: &[usize], bytes: usize, device: &DeviceProperties) -> usize {
-    let hardware = &device.hardware;
-    let most = (hardware.load_width as usize / (8 * bytes)).min(hardware.max_vector_size);
-    let divides =
-        |n: &usize| n.is_power_of_two() && widths.iter().all(|width| width.is_multiple_of(*n));
-    (1..=most.min(VECTOR)).rev().find(divides).unwrap_or(1)
 }
 
 fn shape(
@@ -344,7 +279,7 @@ fn shape(
 mod tests {
     use super::*;
     use cubecl::{
-        features::Features,
+        features::{Features, Plane, TypeUsage},
         ir::{HardwareProperties, MemoryDeviceProperties},
         profile::TimingMethod,
     };
