@@ -399,6 +399,7 @@ fn products_of_heads_are_the_plain_ones() {
 /// A decoding step over random tables: shared and scattered slots, long runs, open and new slots.
 struct Step {
     problem: DecodeProblem,
+    rotary: Option<(RotaryConfig, Vec<Vec<usize>>)>,
     table: Vec<i64>,
     /// Slots of the pool.
     slots: usize,
@@ -411,7 +412,7 @@ impl Step {
         let layout = if latent {
             SlotLayout::Latent {
                 rank: pick(4, 40),
-                rope_dim: pick(0, 9),
+                rope_dim: pick(0, 10),
             }
         } else {
             SlotLayout::Dense {
@@ -441,6 +442,17 @@ impl Step {
             table.extend(filled);
             tables.push(line);
         }
+        let channels = layout.rotated().len();
+        let is_rotated = channels > 0 && channels.is_multiple_of(2) && pick(0, 4) > 0;
+        let rotary = is_rotated.then(|| {
+            let pairs = [RotaryLayout::HalfSplit, RotaryLayout::Interleaved];
+            let rope = RotaryConfig {
+                layout: pairs[pick(0, 2)],
+                ..RotaryConfig::default()
+            };
+            let lists = [1, rows][pick(0, 2)];
+            (rope, (0..lists).map(|_| vec![pick(0, 5000)]).collect())
+        });
         let problem = DecodeProblem {
             heads: group * layout.kv_heads(),
             layout,
@@ -452,6 +464,7 @@ impl Step {
         };
         Self {
             problem,
+            rotary,
             table,
             slots: prefix + rows * max_slots,
         }
@@ -469,6 +482,9 @@ impl Step {
         DecodeOperands {
             q: draw([rows, p.heads * key], dtype).reshape([rows, p.heads, key]),
             row: draw([rows, width], dtype),
+            rotary: self.rotary.as_ref().map(|(rope, positions)| {
+                rope.rotary(p.layout.rotated().len(), positions, dtype, &FlexDevice)
+            }),
             gates,
             pool: draw([self.slots, width], stored),
             table: Tensor::from_data(

@@ -45,6 +45,7 @@ use burn::tensor::{DType, Int, Tensor, TensorData, backend::Backend};
 pub use crate::ops::SlotLayout;
 use crate::{
     ops::{AttentionBackend, DecodeOperands, DecodeProblem, plain},
+    rope::Rotary,
     temporal::TemporalGate,
 };
 pub use plan::{PrefillPlan, StepPlan};
@@ -156,10 +157,11 @@ impl<B: Backend> LayerPool<B> {
 
 /// The new token of each row, for [`LayerPool::decode`].
 pub(crate) struct NewTokens<B: Backend> {
-    /// Queries `[rows, heads, key_width]`.
+    /// Queries before rotation `[rows, heads, key_width]`.
     pub(crate) q: Tensor<B, 3>,
-    /// What the pool is to hold of them, before the gate, `[rows, width]`.
+    /// What the pool is to hold of them, before rotation and gate, `[rows, width]`.
     pub(crate) row: Tensor<B, 2>,
+    pub(crate) rotary: Rotary<B>,
     pub(crate) gates: Option<Tensor<B, 2>>,
 }
 
@@ -173,18 +175,21 @@ impl<B: AttentionBackend> LayerPool<B> {
         table: &SlotTable<B>,
         weights: bool,
     ) -> (Tensor<B, 3>, Option<Tensor<B, 3>>) {
-        let q = weights.then(|| new.q.clone());
+        let looking = weights.then(|| (new.q.clone(), new.rotary.clone()));
         self.update(|pool| {
             let operands = DecodeOperands {
                 q: new.q,
                 row: new.row,
+                rotary: Some(new.rotary),
                 gates: new.gates,
                 pool,
                 table: table.packed.clone(),
             };
             let (out, pool) = B::decode(operands, problem);
             let table = table.packed.clone();
-            let weights = q.map(|q| plain::decode_weights(q, pool.clone(), table, problem));
+            let weights = looking.map(|(q, rotary)| {
+                plain::decode_weights(q, Some(&rotary), pool.clone(), table, problem)
+            });
             ((out, weights), pool)
         })
     }

@@ -1,6 +1,6 @@
 //! One decoding step over a slot pool.
 //!
-//! Every row's new token is merged into its slot first, in place. Then each row's heads that share keys attend
+//! Every row's new token is rotated and merged into its slot first, in place. Then each row's heads that share keys attend
 //! to its slots together: a run of neighbouring slots (a prompt, above all) is read where it lies, as one
 //! matrix; scattered slots are gathered into a block before. Rows that begin with the same slots, as the beams of a
 //! prompt do, attend to these together too.
@@ -11,7 +11,10 @@ use burn::tensor::{DType, Element, Int, Tensor, TensorPrimitive};
 use burn_flex::{Flex, FlexTensor};
 
 use super::{
-    super::{DecodeOperands, DecodeProblem, LaunchKind, SlotLayout, launches, plain::to_dtype},
+    super::{
+        DecodeOperands, DecodeProblem, LaunchKind, SlotLayout, launches,
+        plain::{rotated, to_dtype},
+    },
     matrix::{HeadsWriter, Matrix, NewHeads},
     merge::sigmoid,
     primitive,
@@ -39,6 +42,7 @@ pub(in crate::ops) fn decode(
     operands.check(problem);
     launches::count(LaunchKind::HostDecode);
     let dtype = operands.q.dtype();
+    let operands = rotated(operands, problem);
     let table = integers(operands.table);
     let mut pool = operands.pool.into_primitive().tensor().to_contiguous();
     let floats = Floats {

@@ -40,6 +40,7 @@ use super::{
 pub(super) fn decode_kernel<F: Float, P: Float, I: Int, O: Float, N: Size>(
     q: &Tensor<Vector<F, N>>,
     row: &Tensor<Vector<F, N>>,
+    rotary: &ComptimeOption<Tensor<Vector<f32, N>>>,
     gates: &ComptimeOption<Tensor<F>>,
     pool: &mut Tensor<Vector<P, N>>,
     table: &Tensor<I>,
@@ -144,8 +145,8 @@ pub(super) fn decode_kernel<F: Float, P: Float, I: Int, O: Float, N: Size>(
                 let place = slot * shape.slot_width + column;
                 held = pool[place];
                 if slot_number == newest && !is_shared {
-                    let new = row[row_number * shape.slot_width + column];
-                    let new = Vector::<f32, N>::cast_from(new);
+                    let new = row_number * shape.slot_width + column;
+                    let new = turned(row, new, row_number, channel, rotary, shape);
                     let before = Vector::<f32, N>::cast_from(held);
                     let gate = gate_of[min(member, comptime!(shape.team - 1))];
                     held = Vector::cast_from(merge(new, before, gate, opens, channel, shape));
@@ -164,6 +165,7 @@ pub(super) fn decode_kernel<F: Float, P: Float, I: Int, O: Float, N: Size>(
         };
         compare(
             q,
+            rotary,
             &tile,
             &mut scores,
             &mut scratch,
@@ -389,6 +391,47 @@ fn column(channel: usize, kv_head: usize, #[comptime] shape: Shape) -> usize {
     }
 }
 
+/// The channels at `place` of queries or new tokens, turned by the angles of their row if they are among those of a
+/// key, where they are number `channel`, that are.
+#[cube]
+fn turned<F: Float, N: Size>(
+    x: &Tensor<Vector<F, N>>,
+    place: usize,
+    row: usize,
+    channel: usize,
+    rotary: &ComptimeOption<Tensor<Vector<f32, N>>>,
+    #[comptime] shape: Shape,
+) -> Vector<f32, N> {
+    let mut own = Vector::<f32, N>::cast_from(x[place]);
+    #[comptime]
+    match rotary {
+        ComptimeOption::None => own,
+        ComptimeOption::Some(rotary) => {
+            let turn = comptime!(shape.turn.expect("there is one with its table"));
+            if channel >= turn.first && channel < comptime!(turn.first + turn.width) {
+                let channel = channel - turn.first;
+                let cos = min(row, rotary.shape(1) - 1) * turn.width + channel;
+                let sin = cos + rotary.shape(1) * turn.width;
+                let mut quarter = Vector::<f32, N>::new(0.0);
+                if comptime!(turn.distance == 0) {
+                    #[unroll]
+                    for pair in 0..comptime!(shape.vector / 2) {
+                        quarter[2 * pair] = -own[2 * pair + 1];
+                        quarter[2 * pair + 1] = own[2 * pair];
+                    }
+                } else {
+                    let is_first = channel % comptime!(2 * turn.distance) < turn.distance;
+                    let other = select(is_first, place + turn.distance, place - turn.distance);
+                    let sign = select(is_first, -1.0f32, 1.0f32);
+                    quarter = Vector::new(sign) * Vector::cast_from(x[other]);
+                }
+                own = own * rotary[cos] + quarter * rotary[sin];
+            }
+            own
+        }
+    }
+}
+
 /// What the new token's slot holds from now on: gated latents add up, and the newest rope key wins.
 #[cube]
 fn merge<N: Size>(
@@ -464,6 +507,7 @@ struct Looking {
 #[cube]
 fn compare<F: Float, P: Float, N: Size>(
     q: &Tensor<Vector<F, N>>,
+    rotary: &ComptimeOption<Tensor<Vector<f32, N>>>,
     tile: &SharedMemory<Vector<P, N>>,
     scores: &mut SharedMemory<f32>,
     scratch: &mut SharedMemory<f32>,
@@ -496,7 +540,7 @@ fn compare<F: Float, P: Float, N: Size>(
             products[b] = Vector::new(0.0);
         }
         for channel in range_stepped(lane, shape.key_width, shape.lanes) {
-            let query = Vector::<f32, N>::cast_from(q[queries + channel]);
+            let query = turned(q, queries + channel, batch, channel, rotary, shape);
             #[unroll]
             for b in 0..shape.block {
                 let key = tile[(slot + b) * shape.tile_width + channel];

@@ -23,6 +23,7 @@ pub(super) fn launch<R: CubeRuntime>(
     let Operands {
         q,
         row,
+        rotary,
         gates,
         pool,
         table,
@@ -62,6 +63,9 @@ pub(super) fn launch<R: CubeRuntime>(
             shape.vector,
             into_contiguous(q).into_tensor_arg(),
             into_contiguous(row).into_tensor_arg(),
+            rotary
+                .map(|rotary| into_contiguous(rotary).into_tensor_arg())
+                .into(),
             gates
                 .map(|gates| into_contiguous(gates).into_tensor_arg())
                 .into(),

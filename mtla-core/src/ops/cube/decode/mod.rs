@@ -28,6 +28,7 @@ pub(in super::super) use fusion::decode as decode_fused;
 struct Operands<T> {
     q: T,
     row: T,
+    rotary: Option<T>,
     gates: Option<T>,
     pool: T,
     table: T,
@@ -41,6 +42,9 @@ impl<T> Operands<T> {
         Self {
             q: operands.q.into_primitive().tensor(),
             row: operands.row.into_primitive().tensor(),
+            rotary: operands
+                .rotary
+                .map(|rotary| rotary.table.into_primitive().tensor()),
             gates: operands.gates.map(|gates| gates.into_primitive().tensor()),
             pool: operands.pool.into_primitive().tensor(),
             table: operands.table.into_primitive(),
@@ -51,6 +55,7 @@ impl<T> Operands<T> {
         Operands {
             q: f(self.q),
             row: f(self.row),
+            rotary: self.rotary.map(&mut f),
             gates: self.gates.map(&mut f),
             pool: f(self.pool),
             table: f(self.table),
@@ -103,11 +108,14 @@ fn plan<R: CubeRuntime, B: Backend<Device = R::Device>>(
     let types = Types {
         float: operands.q.dtype(),
         row: operands.row.dtype(),
+        rotary: operands.rotary.as_ref().map(|rotary| rotary.table.dtype()),
         gates: operands.gates.as_ref().map(Tensor::dtype),
         pool: operands.pool.dtype(),
         table: operands.table.dtype(),
     };
-    DecodePlan::new(problem, types, R::client(&operands.q.device()).properties())
+    let layout = operands.rotary.as_ref().map(|rotary| rotary.layout);
+    let client = R::client(&operands.q.device());
+    DecodePlan::new(problem, layout, types, client.properties())
 }
 
 /// Where there is no plan, the plain form is to run, and that has been said.

@@ -1,5 +1,7 @@
 //! How a decoding step is laid out on a device: sizes that are compiled into the kernel, and the number of cubes.
 
+use std::ops::Range;
+
 use burn::tensor::DType;
 use burn_cubecl::cubecl;
 use cubecl::ir::DeviceProperties;
@@ -9,6 +11,7 @@ use super::super::{
     device::{SUMS, is_float, is_usable, plane_size, vector},
     fallback::Unavailable,
 };
+use crate::rope::RotaryLayout;
 
 /// Units of a cube, at most; WebGPU's default limit.
 const UNITS: usize = 256;
@@ -50,6 +53,7 @@ pub(super) struct Shape {
     pub(super) values_at: usize,
     /// Whether the new token is gated and merged.
     pub(super) gated: bool,
+    pub(super) turn: Option<Turn>,
     /// Units of a cube, a power of two.
     pub(super) units: usize,
     /// Slots of a tile.
@@ -68,6 +72,31 @@ pub(super) struct Shape {
     pub(super) sum_vectors: usize,
     /// Whether a row has several parts, so that partial results are written.
     pub(super) parts: bool,
+}
+
+/// A rotary embedding of queries and new keys. Widths are in vectors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct Turn {
+    /// Its first channels, and how many there are.
+    pub(super) first: usize,
+    pub(super) width: usize,
+    /// From one channel of a pair to the other; 0 where they are neighbours in a vector.
+    pub(super) distance: usize,
+}
+
+impl Turn {
+    /// Of vectors of this many elements.
+    fn new(channels: Range<usize>, layout: RotaryLayout, vector: usize) -> Self {
+        let width = channels.len() / vector;
+        Self {
+            first: channels.start / vector,
+            width,
+            distance: match layout {
+                RotaryLayout::HalfSplit => width / 2,
+                RotaryLayout::Interleaved => usize::from(vector == 1),
+            },
+        }
+    }
 }
 
 impl Shape {
@@ -90,6 +119,8 @@ pub(super) struct Types {
     /// New rows, and gates: as queries, or there is no kernel.
     pub(super) row: DType,
     pub(super) gates: Option<DType>,
+    /// 32 bits, or there is no kernel.
+    pub(super) rotary: Option<DType>,
     pub(super) pool: DType,
     pub(super) table: DType,
 }
@@ -112,6 +143,7 @@ pub(super) struct DecodePlan {
 impl DecodePlan {
     pub(super) fn new(
         problem: &DecodeProblem,
+        rotary: Option<RotaryLayout>,
         types: Types,
         device: &DeviceProperties,
     ) -> Result<Self, Unavailable> {
@@ -121,13 +153,24 @@ impl DecodePlan {
         if rows == 0 || rows > most_rows as usize || kv_heads > most_heads as usize {
             return Err(Unavailable::Grid { rows, kv_heads });
         }
-        let widths = [problem.layout.key_width(), problem.layout.value_width()];
-        let vector = vector(&widths, types.float.size().max(types.pool.size()), device);
-        let alone = shape(problem, 1, types, vector, device)?;
+        let layout = problem.layout;
+        let mut widths = vec![layout.key_width(), layout.value_width()];
+        let mut bytes = types.float.size().max(types.pool.size());
+        if let Some(table) = types.rotary {
+            bytes = bytes.max(table.size());
+        }
+        if rotary == Some(RotaryLayout::HalfSplit) {
+            widths.push(layout.rotated().len() / 2);
+        }
+        let vector = vector(&widths, bytes, device);
+        let turn = rotary.map(|rotary| Turn::new(layout.rotated(), rotary, vector));
+        let shape =
+            |team| shape(problem, team, types, vector, device).map(|shape| Shape { turn, ..shape });
+        let alone = shape(1)?;
         let larger = TEAMS
             .into_iter()
             .filter(|team| *team <= rows && problem.common.iter().any(|n| *n > 0))
-            .filter_map(|team| shape(problem, team, types, vector, device).ok())
+            .filter_map(|team| shape(team).ok())
             .filter(|shape| shape.sums() <= TEAM_SUMS);
         let with_tiles = |shape| {
             let tiles = tiles(problem, &shape);
@@ -190,6 +233,10 @@ fn check_types(types: Types, device: &DeviceProperties) -> Result<(), Unavailabl
         Types {
             gates: Some(gates), ..
         } if gates != types.float => missing("gates", gates),
+        Types {
+            rotary: Some(rotary),
+            ..
+        } if rotary != DType::F32 => missing("a rotation", rotary),
         _ => Ok(()),
     }
 }
@@ -260,6 +307,7 @@ fn shape(
         slot_width,
         tile_width,
         values_at,
+        turn: None,
         gated: types.gates.is_some() && matches!(layout, SlotLayout::Latent { .. }),
         units,
         tile,
@@ -317,6 +365,7 @@ mod tests {
         float: DType::F32,
         row: DType::F32,
         gates: None,
+        rotary: None,
         pool: DType::F32,
         table: DType::I32,
     };
@@ -358,7 +407,7 @@ mod tests {
                     ];
                     for layout in layouts {
                         let problem = problem(layout, heads, 3, 1000);
-                        let plan = DecodePlan::new(&problem, TYPES, &device).unwrap();
+                        let plan = DecodePlan::new(&problem, None, TYPES, &device).unwrap();
                         let s = plan.shape;
                         let floats = s.scratch + 2 * s.queries() * (s.tile + 1) + s.team;
                         let floats = floats + s.tile * s.tile_width * s.vector;
@@ -383,7 +432,9 @@ mod tests {
         };
         let parts = |rows, max_slots| {
             let problem = problem(layout, 8, rows, max_slots);
-            DecodePlan::new(&problem, TYPES, &webgpu()).unwrap().parts
+            DecodePlan::new(&problem, None, TYPES, &webgpu())
+                .unwrap()
+                .parts
         };
         assert_eq!(parts(1, 1), 1);
         assert_eq!(parts(1, 10_000), CUBES * MULTIPROCESSORS);
@@ -402,7 +453,7 @@ mod tests {
                 common: common.to_vec(),
                 ..problem(layout, 8, common.len(), max_slots)
             };
-            DecodePlan::new(&problem, TYPES, &webgpu()).unwrap()
+            DecodePlan::new(&problem, None, TYPES, &webgpu()).unwrap()
         };
         let beams = [0, 200, 200, 200, 200, 200, 200, 200];
         let two_prompts = [&beams[..], &beams].concat();
@@ -448,7 +499,10 @@ mod tests {
         for (operand, types) in lacking {
             let dtype = half;
             let missing = Unavailable::Type { operand, dtype };
-            assert_eq!(DecodePlan::new(&problem, types, &webgpu()), Err(missing));
+            assert_eq!(
+                DecodePlan::new(&problem, None, types, &webgpu()),
+                Err(missing)
+            );
         }
     }
 }
