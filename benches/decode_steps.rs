@@ -8,7 +8,7 @@
 
 use std::time::{Duration, Instant};
 
-use burn::tensor::{Distribution, Int, Tensor, TensorData, Tolerance, backend::Backend};
+use burn::tensor::{DType, Distribution, Int, Tensor, TensorData, Tolerance, backend::Backend};
 use burn_cubecl::cubecl::Runtime;
 use burn_wgpu::{WgpuDevice, WgpuRuntime};
 use clap::Parser;
@@ -18,6 +18,7 @@ use mtla_core::{
         AttentionBackend, DecodeOperands, DecodeProblem, LaunchKind, SlotLayout, cube, launches,
         plain,
     },
+    rope::RotaryConfig,
     testing::backends::WgpuBare as B,
 };
 
@@ -108,10 +109,17 @@ impl Step {
             })
             .collect();
         let table = TensorData::new(table, [rows, 1 + p.max_slots]);
+        let positions: Vec<Vec<usize>> = p.starts.iter().map(|start| vec![*start]).collect();
         let gates = [p.max_slots, layout.value_width() + 1];
         DecodeOperands {
             q: Tensor::random([rows, p.heads, layout.key_width()], normal, device),
             row: Tensor::random([rows, layout.width()], normal, device),
+            rotary: Some(RotaryConfig::default().rotary(
+                layout.rotated().len(),
+                &positions,
+                DType::F32,
+                device,
+            )),
             gates: self
                 .gated
                 .then(|| Tensor::random(gates, normal, device) * 0.05),

@@ -1,10 +1,13 @@
 //! What is compiled: calls of this library that launch its kernels, in the sizes and types that matter.
 
 use burn::tensor::{DType, Int, Tensor};
-use mtla_core::ops::{
-    AttendOperands, AttendProblem, DecodeOperands, DecodeProblem, Dropout, KeyValue, Keys,
-    SlotLayout, Visibility,
-    cube::{KernelError, try_attend, try_decode},
+use mtla_core::{
+    ops::{
+        AttendOperands, AttendProblem, DecodeOperands, DecodeProblem, Dropout, KeyValue, Keys,
+        SlotLayout, Visibility,
+        cube::{KernelError, try_attend, try_decode},
+    },
+    rope::{RotaryConfig, RotaryLayout},
 };
 
 use crate::gpu::{Backend, Gpu};
@@ -28,17 +31,23 @@ pub(crate) fn all() -> Vec<Case> {
 fn decode() -> Vec<Case> {
     let latent = |rank, rope_dim| SlotLayout::Latent { rank, rope_dim };
     let dense = |kv_heads, head_dim| SlotLayout::Dense { kv_heads, head_dim };
+    let (pairs, halves) = (
+        Some(RotaryLayout::Interleaved),
+        Some(RotaryLayout::HalfSplit),
+    );
     let variants = [
         // The paper's: width 512.
-        ("mtla", 8, latent(256, 32), true),
-        ("mla", 8, latent(256, 32), false),
-        ("mha", 8, dense(8, 64), false),
+        ("mtla", 8, latent(256, 32), pairs, true),
+        ("mla", 8, latent(256, 32), pairs, false),
+        ("mha", 8, dense(8, 64), pairs, false),
+        ("mtla-unrotated", 8, latent(256, 32), None, true),
         // Llama 3's, DeepSeek-V2-Lite's, and as many heads of such a width as the plan takes.
-        ("gqa-llama", 32, dense(8, 128), false),
-        ("mla-deepseek-lite", 16, latent(512, 64), false),
-        ("mla-64-heads", 64, latent(512, 64), false),
+        ("gqa-llama", 32, dense(8, 128), halves, false),
+        ("mla-deepseek-lite", 16, latent(512, 64), pairs, false),
+        ("mla-64-heads", 64, latent(512, 64), pairs, false),
         // Vectors of one element.
-        ("mtla-odd", 3, latent(45, 5), true),
+        ("mtla-odd", 3, latent(45, 6), pairs, true),
+        ("mtla-odd-halves", 3, latent(45, 6), halves, true),
     ];
     let types = [
         [DType::F32, DType::F32],
@@ -56,7 +65,7 @@ fn decode() -> Vec<Case> {
     ];
 
     let mut cases = Vec::new();
-    for (variant, heads, layout, gated) in variants {
+    for (variant, heads, layout, rotary, gated) in variants {
         for (suffix, rows, max_slots, common) in sizes {
             // Teams of rows are what beams add, whatever the pool's type.
             let types = types
@@ -74,7 +83,7 @@ fn decode() -> Vec<Case> {
                 };
                 let name = format!("{variant}{suffix} {}/{}", float.name(), pool.name());
                 let run = move |gpu: &Gpu| {
-                    let operands = operands(gpu, &problem, gated, [float, pool]);
+                    let operands = operands(gpu, &problem, rotary, gated, [float, pool]);
                     try_decode(operands, &problem).map(drop)
                 };
                 cases.push(Case {
@@ -90,14 +99,21 @@ fn decode() -> Vec<Case> {
 fn operands(
     gpu: &Gpu,
     problem: &DecodeProblem,
+    rotary: Option<RotaryLayout>,
     gated: bool,
     [float, pool]: [DType; 2],
 ) -> DecodeOperands<Backend> {
     let (rows, slots, layout) = (problem.starts.len(), problem.max_slots, problem.layout);
     let matrix = |shape: [usize; 2], dtype| Tensor::empty(shape, (gpu, dtype));
+    let positions = vec![vec![0]; rows];
+    let rotary = rotary.map(|layout| RotaryConfig {
+        layout,
+        ..RotaryConfig::default()
+    });
     DecodeOperands {
         q: Tensor::empty([rows, problem.heads, layout.key_width()], (gpu, float)),
         row: matrix([rows, layout.width()], float),
+        rotary: rotary.map(|rope| rope.rotary(layout.rotated().len(), &positions, DType::F32, gpu)),
         gates: gated.then(|| matrix([slots, layout.value_width() + 1], float)),
         pool: matrix([rows * slots, layout.width()], pool),
         table: Tensor::<Backend, 2, Int>::empty([rows, 1 + slots], (gpu, DType::I32)),

@@ -14,7 +14,7 @@ use burn_autodiff::{Autodiff, checkpoint::strategy::CheckpointStrategy};
 use serde::{Deserialize, Serialize};
 
 /// Which channels form a pair.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RotaryLayout {
     /// Neighbours: `(x₀,x₁), (x₂,x₃), …`.
@@ -133,16 +133,13 @@ impl RotaryConfig {
         let tensor = |values: Vec<f64>, shape: &[usize]| {
             TensorData::new(values, shape.to_vec()).convert_dtype(dtype)
         };
-        let table = |f: fn(f64) -> f64| {
-            let values = angles.iter().map(|a| f(*a)).collect();
-            let data = tensor(values, &[positions.len(), length, dim]);
-            Tensor::from_data(data, (device, dtype))
-        };
+        let cos = angles.iter().map(|a| a.cos());
+        let table = cos.chain(angles.iter().map(|a| a.sin())).collect();
+        let table = tensor(table, &[2, positions.len(), length, dim]);
         let quarter_turn = tensor(self.layout.quarter_turn(dim), &[dim, dim]);
         Rotary {
             layout: self.layout,
-            cos: table(f64::cos),
-            sin: table(f64::sin),
+            table: Tensor::from_data(table, (device, dtype)),
             quarter_turn: Tensor::from_data(quarter_turn, (device, dtype)),
         }
     }
@@ -176,9 +173,8 @@ impl RotaryLayout {
 #[derive(Debug, Clone)]
 pub struct Rotary<B: Backend> {
     pub(crate) layout: RotaryLayout,
-    /// `[rows|1, tokens, dim]`, and the sines.
-    pub(crate) cos: Tensor<B, 3>,
-    pub(crate) sin: Tensor<B, 3>,
+    /// Cosines, and sines, of every channel's angle: `[2, rows|1, tokens, dim]`.
+    pub(crate) table: Tensor<B, 4>,
     /// `[dim, dim]`. As a matrix product the turn needs no strided access, and the layout is data.
     quarter_turn: Tensor<B, 2>,
 }
@@ -187,30 +183,24 @@ impl<B: Backend> Rotary<B> {
     /// One token a row, picked by its number among `rows · tokens`: `[rows, 1, dim]`.
     pub(crate) fn select(&self, tokens: Tensor<B, 1, Int>) -> Self {
         let rows = tokens.dims()[0];
-        let pick = |table: &Tensor<B, 3>| {
-            let [from, length, dim] = table.dims();
-            assert_eq!(
-                from, rows,
-                "a rotary table with {from} rows for {rows} rows"
-            );
-            table
-                .clone()
-                .reshape([from * length, dim])
-                .select(0, tokens.clone())
-                .reshape([rows, 1, dim])
-        };
+        let [two, from, length, dim] = self.table.dims();
+        assert_eq!(
+            from, rows,
+            "a rotary table with {from} rows for {rows} rows"
+        );
+        let table = self.table.clone().reshape([two, from * length, dim]);
         Self {
+            table: table.select(1, tokens).reshape([two, rows, 1, dim]),
             layout: self.layout,
-            cos: pick(&self.cos),
-            sin: pick(&self.sin),
             quarter_turn: self.quarter_turn.clone(),
         }
     }
 
     /// The rotations that undo these.
     pub(crate) fn inverse(self) -> Self {
+        let [cos, sin] = [0, 1].map(|which| self.table.clone().narrow(0, which, 1));
         Self {
-            sin: self.sin.neg(),
+            table: Tensor::cat(vec![cos, sin.neg()], 0),
             ..self
         }
     }
@@ -231,21 +221,18 @@ impl<B: Backend> Rotary<B> {
             .reshape([rows * tokens * heads, dim])
             .matmul(self.quarter_turn.clone());
         let width = tokens * heads * dim;
-        let table = |table: &Tensor<B, 3>| {
-            let [from, length, columns] = table.dims();
-            assert!(
-                length == tokens && columns == dim && (from == 1 || from == rows),
-                "rotary table {:?} does not fit x [{rows}, {tokens}, {heads}, {dim}]",
-                table.dims()
-            );
-            table
-                .clone()
-                .reshape([from, tokens, 1, dim])
-                .repeat_dim(2, heads)
-                .reshape([from, width])
-        };
-        let rotated = x.reshape([rows, width]) * table(&self.cos)
-            + turned.reshape([rows, width]) * table(&self.sin);
+        let [_, from, length, columns] = self.table.dims();
+        assert!(
+            length == tokens && columns == dim && (from == 1 || from == rows),
+            "a rotary table of {from} rows, {length} tokens and {columns} channels does not fit x [{rows}, {tokens}, \
+             {heads}, {dim}]"
+        );
+        let [cos, sin] = [0, 1].map(|which| {
+            let table = self.table.clone().narrow(0, which, 1);
+            let table = table.reshape([from, tokens, 1, dim]);
+            table.repeat_dim(2, heads).reshape([from, width])
+        });
+        let rotated = x.reshape([rows, width]) * cos + turned.reshape([rows, width]) * sin;
         let rotated = rotated.reshape([rows, tokens, heads, dim]);
         if rotated.dtype() == dtype {
             rotated
@@ -260,8 +247,7 @@ impl<B: Backend, C: CheckpointStrategy> Rotary<Autodiff<B, C>> {
     pub(crate) fn inner(self) -> Rotary<B> {
         Rotary {
             layout: self.layout,
-            cos: self.cos.inner(),
-            sin: self.sin.inner(),
+            table: self.table.inner(),
             quarter_turn: self.quarter_turn.inner(),
         }
     }

@@ -14,7 +14,7 @@ use burn_flex::{Flex, FlexDevice};
 use common::{
     Numbers,
     attend::{Case, Form, assert_close, leaf, map, run},
-    check, values,
+    check, common_slots, values,
 };
 use mtla_core::{
     attention::{AttentionConfig, AttentionInput},
@@ -399,6 +399,7 @@ fn products_of_heads_are_the_plain_ones() {
 /// A decoding step over random tables: shared and scattered slots, long runs, open and new slots.
 struct Step {
     problem: DecodeProblem,
+    rotary: Option<(RotaryConfig, Vec<Vec<usize>>)>,
     table: Vec<i64>,
     /// Slots of the pool.
     slots: usize,
@@ -411,7 +412,7 @@ impl Step {
         let layout = if latent {
             SlotLayout::Latent {
                 rank: pick(4, 40),
-                rope_dim: pick(0, 9),
+                rope_dim: pick(0, 10),
             }
         } else {
             SlotLayout::Dense {
@@ -423,7 +424,7 @@ impl Step {
         let starts: Vec<usize> = (0..rows).map(|_| pick(0, 400)).collect();
         let max_slots = starts.iter().map(|s| s / stride + 1).max().unwrap_or(1) + pick(0, 3);
         let prefix = pick(0, max_slots);
-        let mut table = Vec::new();
+        let (mut table, mut tables) = (Vec::new(), Vec::new());
         for (row, start) in starts.iter().enumerate() {
             let used = start / stride + 1;
             table.push(*start as i64);
@@ -436,21 +437,34 @@ impl Step {
                     own(i)
                 }
             };
-            let line: Vec<i64> = (0..used).map(|i| slot(i) as i64).collect();
-            table.extend(&line);
-            table.extend(std::iter::repeat_n(line[used - 1], max_slots - used));
+            let line: Vec<usize> = (0..used).map(slot).collect();
+            let filled = (0..max_slots).map(|i| line[i.min(used - 1)] as i64);
+            table.extend(filled);
+            tables.push(line);
         }
+        let channels = layout.rotated().len();
+        let is_rotated = channels > 0 && channels.is_multiple_of(2) && pick(0, 4) > 0;
+        let rotary = is_rotated.then(|| {
+            let pairs = [RotaryLayout::HalfSplit, RotaryLayout::Interleaved];
+            let rope = RotaryConfig {
+                layout: pairs[pick(0, 2)],
+                ..RotaryConfig::default()
+            };
+            let lists = [1, rows][pick(0, 2)];
+            (rope, (0..lists).map(|_| vec![pick(0, 5000)]).collect())
+        });
         let problem = DecodeProblem {
             heads: group * layout.kv_heads(),
             layout,
             stride,
             starts,
             max_slots,
-            common: vec![0; rows],
+            common: common_slots(&tables),
             scale: (layout.key_width() as f64).powf(-0.5),
         };
         Self {
             problem,
+            rotary,
             table,
             slots: prefix + rows * max_slots,
         }
@@ -468,6 +482,9 @@ impl Step {
         DecodeOperands {
             q: draw([rows, p.heads * key], dtype).reshape([rows, p.heads, key]),
             row: draw([rows, width], dtype),
+            rotary: self.rotary.as_ref().map(|(rope, positions)| {
+                rope.rotary(p.layout.rotated().len(), positions, dtype, &FlexDevice)
+            }),
             gates,
             pool: draw([self.slots, width], stored),
             table: Tensor::from_data(

@@ -255,17 +255,15 @@ impl<B: AttentionBackend> GroupedAttention<B> {
         x: Tensor<B, 2>,
         plan: &StepPlan<B>,
         pool: &mut LayerPool<B>,
-        weights: bool,
-    ) -> (Tensor<B, 2>, Option<Tensor<B, 3>>) {
+    ) -> Tensor<B, 2> {
         let [rows, _] = x.dims();
-        let (h, g, d) = (self.n_heads, self.n_kv_heads, self.head_dim);
+        let (h, d) = (self.n_heads, self.head_dim);
         let rotary = plan
             .rotary
             .clone()
             .unwrap_or_else(|| self.rope.rotary(d, &plan.positions, x.dtype(), &x.device()));
-        let rotate = |x: Tensor<B, 2>, heads| B::rotate(x.reshape([rows, 1, heads, d]), &rotary, 0);
-        let q = rotate(project(&self.q_proj, x.clone()), h).reshape([rows, h, d]);
-        let k = rotate(project(&self.k_proj, x.clone()), g).reshape([rows, g * d]);
+        let q = project(&self.q_proj, x.clone()).reshape([rows, h, d]);
+        let k = project(&self.k_proj, x.clone());
         let row = Tensor::cat(vec![k, project(&self.v_proj, x)], 1);
         let problem = DecodeProblem {
             heads: h,
@@ -279,10 +277,10 @@ impl<B: AttentionBackend> GroupedAttention<B> {
         let new = NewTokens {
             q,
             row,
+            rotary,
             gates: None,
         };
-        let (heads, weights) = pool.decode(new, &problem, &plan.table, weights);
-        let y = project(&self.out_proj, heads.reshape([rows, h * d]));
-        (y, weights)
+        let heads = pool.decode(new, &problem, &plan.table);
+        project(&self.out_proj, heads.reshape([rows, h * d]))
     }
 }

@@ -291,8 +291,7 @@ impl<B: AttentionBackend> LatentAttention<B> {
         x: Tensor<B, 2>,
         plan: &StepPlan<B>,
         pool: &mut LayerPool<B>,
-        weights: bool,
-    ) -> (Tensor<B, 2>, Option<Tensor<B, 3>>) {
+    ) -> Tensor<B, 2> {
         let [rows, _] = x.dims();
         let rotary = plan.rotary.clone().unwrap_or_else(|| {
             self.rope
@@ -301,12 +300,12 @@ impl<B: AttentionBackend> LatentAttention<B> {
         let last_chunk = plan.starts.iter().max().map_or(0, |p| p / self.stride);
         let gates = self.gate.as_ref().map(|gate| pool.gates(gate, last_chunk));
 
-        let q = self.queries(x.clone().unsqueeze_dim(1), &rotary);
+        let q = self.wq.forward(x.clone());
         let q = q.reshape([rows, self.n_heads, self.head_width()]);
         let q = self.wkv_b.absorb_query(q);
-        let new = self.latents(x.unsqueeze_dim(1), &rotary);
-        let rope = new.rope.expect("self-attention has rope keys");
-        let row = Tensor::cat(vec![new.state, rope], 2).reshape([rows, self.rank + self.rope_dim]);
+        let kv = project(&self.wkv_a, x);
+        let latent = self.kv_norm.forward(kv.clone().narrow(1, 0, self.rank));
+        let row = Tensor::cat(vec![latent, kv.narrow(1, self.rank, self.rope_dim)], 1);
         let problem = DecodeProblem {
             heads: self.n_heads,
             layout: self.layout(),
@@ -316,10 +315,14 @@ impl<B: AttentionBackend> LatentAttention<B> {
             common: plan.table.common.clone(),
             scale: self.scale(),
         };
-        let new = NewTokens { q, row, gates };
-        let (context, weights) = pool.decode(new, &problem, &plan.table, weights);
+        let new = NewTokens {
+            q,
+            row,
+            rotary,
+            gates,
+        };
+        let context = pool.decode(new, &problem, &plan.table);
         let heads = self.wkv_b.expand_context(context);
-        let y = project(&self.wo, heads.reshape([rows, self.n_heads * self.value]));
-        (y, weights)
+        project(&self.wo, heads.reshape([rows, self.n_heads * self.value]))
     }
 }

@@ -170,38 +170,12 @@ impl<B: AttentionBackend> Attention<B> {
         plan: &StepPlan<B>,
         pool: &mut LayerPool<B>,
     ) -> Tensor<B, 2> {
-        self.any_step(x, plan, pool, false).0
-    }
-
-    /// As [`step`](Self::step), with the attention weights `[rows, heads, slots]`: of the slots of each row in their
-    /// order ([`Cache::row_slots`](crate::cache::Cache::row_slots)), and 0 after a row's last. They are computed a second
-    /// time for that, in plain tensor operations.
-    ///
-    /// # Panics
-    /// As [`prefill`](Self::prefill).
-    pub fn step_with_weights(
-        &self,
-        x: Tensor<B, 2>,
-        plan: &StepPlan<B>,
-        pool: &mut LayerPool<B>,
-    ) -> (Tensor<B, 2>, Tensor<B, 3>) {
-        let (y, weights) = self.any_step(x, plan, pool, true);
-        (y, weights.expect("they were asked for"))
-    }
-
-    fn any_step(
-        &self,
-        x: Tensor<B, 2>,
-        plan: &StepPlan<B>,
-        pool: &mut LayerPool<B>,
-        weights: bool,
-    ) -> (Tensor<B, 2>, Option<Tensor<B, 3>>) {
         pool.begin(self.cache_spec());
-        let (y, weights) = match self {
-            Self::Grouped(layer) => layer.step(x, plan, pool, weights),
-            Self::Latent(layer) => layer.step(x, plan, pool, weights),
-        };
-        (y.detach(), weights.map(Tensor::detach))
+        match self {
+            Self::Grouped(layer) => layer.step(x, plan, pool),
+            Self::Latent(layer) => layer.step(x, plan, pool),
+        }
+        .detach()
     }
 }
 

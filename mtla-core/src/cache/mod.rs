@@ -46,6 +46,7 @@ use burn::tensor::{DType, Int, Tensor, TensorData, backend::Backend};
 pub use crate::ops::SlotLayout;
 use crate::{
     ops::{AttentionBackend, DecodeOperands, DecodeProblem, plain},
+    rope::Rotary,
     temporal::TemporalGate,
 };
 pub use observation::Observation;
@@ -169,46 +170,46 @@ impl<B: Backend> LayerPool<B> {
 
 /// The new token of each row, for [`LayerPool::decode`].
 pub(crate) struct NewTokens<B: Backend> {
-    /// Queries `[rows, heads, key_width]`.
+    /// Queries before rotation `[rows, heads, key_width]`.
     pub(crate) q: Tensor<B, 3>,
-    /// What the pool is to hold of them, before the gate, `[rows, width]`.
+    /// What the pool is to hold of them, before rotation and gate, `[rows, width]`.
     pub(crate) row: Tensor<B, 2>,
+    pub(crate) rotary: Rotary<B>,
     pub(crate) gates: Option<Tensor<B, 2>>,
 }
 
 impl<B: AttentionBackend> LayerPool<B> {
-    /// A step over this pool, `[rows, heads, value_width]`, and its attention weights `[rows, heads, slots]` if they are
-    /// asked for.
+    /// A step over this pool, `[rows, heads, value_width]`.
     pub(crate) fn decode(
         &mut self,
         new: NewTokens<B>,
         problem: &DecodeProblem,
         table: &SlotTable<B>,
-        weights: bool,
-    ) -> (Tensor<B, 3>, Option<Tensor<B, 3>>) {
-        let is_observed = self.is_observed;
-        let gates = is_observed.then(|| Self::step_gates(&new, problem));
-        let q = (weights || is_observed).then(|| new.q.clone());
-        let (out, weights) = self.update(|pool| {
+    ) -> Tensor<B, 3> {
+        let looking = self.is_observed.then(|| {
+            let gates = Self::step_gates(&new, problem);
+            (gates, new.q.clone(), new.rotary.clone())
+        });
+        let out = self.update(|pool| {
             let operands = DecodeOperands {
                 q: new.q,
                 row: new.row,
+                rotary: Some(new.rotary),
                 gates: new.gates,
                 pool,
                 table: table.packed.clone(),
             };
-            let (out, pool) = B::decode(operands, problem);
-            let table = table.packed.clone();
-            let weights = q.map(|q| plain::decode_weights(q, pool.clone(), table, problem));
-            ((out, weights), pool)
+            B::decode(operands, problem)
         });
-        if let Some(gates) = gates {
+        if let Some((gates, q, rotary)) = looking {
+            let (pool, table) = (self.slots(), table.packed.clone());
+            let weights = plain::decode_weights(q, Some(&rotary), pool, table, problem);
             self.observation = Some(Observation {
                 gates: gates.map(Tensor::detach),
-                weights: weights.clone().map(Tensor::detach),
+                weights: Some(weights.detach()),
             });
         }
-        (out, weights)
+        out
     }
 }
 

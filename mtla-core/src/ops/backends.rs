@@ -52,6 +52,7 @@ impl<B: AttentionBackend, C: CheckpointStrategy> AttentionBackend for Autodiff<B
         let inner = DecodeOperands {
             q: operands.q.inner(),
             row: operands.row.inner(),
+            rotary: operands.rotary.map(Rotary::inner),
             gates: operands.gates.map(Tensor::inner),
             pool: operands.pool.inner(),
             table: operands.table.inner(),

@@ -105,8 +105,8 @@ pub trait AttentionBackend: Backend {
         plain::gate_and_merge(latents, gates, stride)
     }
 
-    /// One decoding step: writes or merges each row's new token into its slot, then attends over the
-    /// row's slots; see [`DecodeProblem`] for the shapes.
+    /// One decoding step: rotates queries and new keys, writes or merges each row's new token into its slot, then
+    /// attends over the row's slots; see [`DecodeProblem`] for the shapes.
     ///
     /// Returns `[rows, heads, value_width]` and the updated pool. Pool slots that the tables do not name
     /// are left alone, and a pool whose storage is not shared is updated in place where the backend can.

@@ -6,6 +6,7 @@ use burn::tensor::{Int, Tensor, backend::Backend};
 use burn_autodiff::{Autodiff, checkpoint::strategy::CheckpointStrategy};
 
 use super::{Activation, AttendProblem, DecodeProblem, ProblemError};
+use crate::rope::Rotary;
 
 /// Keys and values that queries attend to.
 #[derive(Debug, Clone)]
@@ -208,11 +209,13 @@ impl<B: Backend> HeadMatrices<B> {
 /// Operands of [`AttentionBackend::decode`](super::AttentionBackend::decode).
 #[derive(Debug, Clone)]
 pub struct DecodeOperands<B: Backend> {
-    /// Queries, rotated (and, for latent layouts, projected to the latent space)
-    /// `[rows, heads, key_width]`.
+    /// Queries (for latent layouts projected to the latent space) `[rows, heads, key_width]`.
     pub q: Tensor<B, 3>,
-    /// The new token of each row as the pool stores it, before the gate `[rows, slot width]`.
+    /// The new token of each row as the pool stores it, before rotation and gate `[rows, slot width]`.
     pub row: Tensor<B, 2>,
+    /// Rotations of one token a row, which turn the channels [`SlotLayout::rotated`](super::SlotLayout::rotated) of
+    /// queries and of the new token's keys; `None` where they have no positions, or are rotated already.
+    pub rotary: Option<Rotary<B>>,
     /// Folded gate table `[chunks, rank + 1]`: the gate of latent `c` in chunk `t` is
     /// `sigmoid(table[t, ..rank]·c + table[t, rank])`; `None` where nothing is gated.
     pub gates: Option<Tensor<B, 2>>,
@@ -237,6 +240,7 @@ impl<B: Backend> DecodeOperands<B> {
         problem.validate(
             self.q.dims(),
             self.row.dims(),
+            self.rotary.as_ref().map(|rotary| rotary.table.dims()),
             self.gates.as_ref().map(Tensor::dims),
             self.pool.dims(),
             self.table.dims(),

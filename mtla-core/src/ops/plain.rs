@@ -312,7 +312,7 @@ pub fn multiply_heads<B: Backend>(x: Tensor<B, 3>, matrices: HeadMatrices<B>) ->
     Tensor::cat(vec![y, x.narrow(2, inputs, width - inputs)], 2)
 }
 
-/// [`AttentionBackend::decode`] in tensor operations: gather the open slots, merge, write back, gather
+/// [`AttentionBackend::decode`] in tensor operations: rotate, gather the open slots, merge, write back, gather
 /// all slots of the tables, attend.
 ///
 /// # Panics
@@ -322,14 +322,15 @@ pub fn decode<B: AttentionBackend>(
     problem: &DecodeProblem,
 ) -> (Tensor<B, 3>, Tensor<B, 2>) {
     operands.check(problem);
+    let p = problem;
     let DecodeOperands {
         q,
         row,
         gates,
         pool,
         table,
-    } = operands;
-    let p = problem;
+        ..
+    } = rotated(operands, p);
     let rows = p.starts.len();
     let start = table.clone().narrow(1, 0, 1);
     let slots = table.narrow(1, 1, p.max_slots);
@@ -350,18 +351,61 @@ pub fn decode<B: AttentionBackend>(
     (out, pool)
 }
 
+/// The operands of a step whose rotation is done.
+pub(super) fn rotated<B: AttentionBackend>(
+    operands: DecodeOperands<B>,
+    p: &DecodeProblem,
+) -> DecodeOperands<B> {
+    let Some(rotary) = operands.rotary else {
+        return operands;
+    };
+    let [rows, width] = operands.row.dims();
+    let row = match p.layout {
+        SlotLayout::Dense { kv_heads, head_dim } => {
+            let keys = operands.row.clone().narrow(1, 0, width / 2);
+            let keys = rotate_heads(keys.reshape([rows, kv_heads, head_dim]), &rotary, p);
+            let values = operands.row.narrow(1, width / 2, width / 2);
+            Tensor::cat(vec![keys.reshape([rows, width / 2]), values], 1)
+        }
+        SlotLayout::Latent { .. } => {
+            let key = operands.row.reshape([rows, 1, width]);
+            rotate_heads(key, &rotary, p).reshape([rows, width])
+        }
+    };
+    DecodeOperands {
+        q: rotate_heads(operands.q, &rotary, p),
+        row,
+        rotary: None,
+        ..operands
+    }
+}
+
+/// Queries or keys `[rows, heads, key_width]` of one token a row, rotated.
+fn rotate_heads<B: AttentionBackend>(
+    x: Tensor<B, 3>,
+    rotary: &Rotary<B>,
+    p: &DecodeProblem,
+) -> Tensor<B, 3> {
+    B::rotate(x.unsqueeze_dim(1), rotary, p.layout.rotated().start).squeeze_dim(1)
+}
+
 /// The attention weights of a decoding step, `[rows, heads, max_slots]`: of the slots of each row's table in order, and 0
-/// after them. `pool` is the one that the step gave back.
+/// after them. `q` and `rotary` are what the step was given, and `pool` is what it gave back.
 ///
 /// # Panics
 /// If the shapes do not fit the problem.
-pub fn decode_weights<B: Backend>(
+pub fn decode_weights<B: AttentionBackend>(
     q: Tensor<B, 3>,
+    rotary: Option<&Rotary<B>>,
     pool: Tensor<B, 2>,
     table: Tensor<B, 2, Int>,
     problem: &DecodeProblem,
 ) -> Tensor<B, 3> {
     let p = problem;
+    let q = match rotary {
+        Some(rotary) => rotate_heads(q, rotary, p),
+        None => q,
+    };
     let [rows, heads, _] = q.dims();
     let chunk = table.clone().narrow(1, 0, 1).div_scalar(p.stride as i64);
     let (k, _) = slots_as_keys(pool, table.narrow(1, 1, p.max_slots), q.dtype(), p);

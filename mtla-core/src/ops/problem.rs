@@ -4,6 +4,8 @@
 //! form sees them. Everything that a kernel needs to choose its launch is here on the host, so that no
 //! implementation has to read a tensor back.
 
+use std::ops::Range;
+
 use crate::ops::Dropout;
 
 /// A problem whose operands do not fit together: a programmer's mistake in the caller.
@@ -252,8 +254,8 @@ impl AttendProblem {
 /// One token a row against the slot pool.
 ///
 /// # Shapes
-/// `q [rows, heads, key_width]`, `row [rows, slot width]`, pool `[slots, slot width]`, packed table
-/// `[rows, 1 + max_slots]`; result `[rows, heads, value_width]` and the pool with the new tokens in it.
+/// `q [rows, heads, key_width]`, `row [rows, slot width]`, rotations of cosines and sines `[2, rows|1, 1, rotated
+/// channels]`, pool `[slots, slot width]`, packed table `[rows, 1 + max_slots]`; result `[rows, heads, value_width]` and the pool with the new tokens in it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DecodeProblem {
     /// Query heads.
@@ -274,6 +276,19 @@ pub struct DecodeProblem {
 }
 
 impl DecodeProblem {
+    /// Slots of a row, the new token's slot included.
+    pub(super) fn slots(&self, row: usize) -> usize {
+        self.starts[row] / self.stride + 1
+    }
+
+    /// Slots that all of these neighbouring rows begin with, those of new tokens not among them; 0 for a single row.
+    #[cfg(any(feature = "flex", feature = "cube"))]
+    pub(super) fn shared(&self, rows: Range<usize>) -> usize {
+        let alike = self.common[rows.start + 1..rows.end].iter().copied().min();
+        let held = rows.map(|row| self.slots(row) - 1);
+        held.fold(alike.unwrap_or(0), usize::min)
+    }
+
     /// Checks the operands' shapes.
     ///
     /// # Errors
@@ -282,6 +297,7 @@ impl DecodeProblem {
         &self,
         q: [usize; 3],
         row: [usize; 2],
+        rotary: Option<[usize; 4]>,
         gates: Option<[usize; 2]>,
         pool: [usize; 2],
         table: [usize; 2],
@@ -301,6 +317,11 @@ impl DecodeProblem {
         shape("row", &row, &[rows, self.layout.width()])?;
         shape("pool", &pool, &[pool[0], self.layout.width()])?;
         shape("table", &table, &[rows, 1 + self.max_slots])?;
+        if let Some(found) = rotary {
+            let of = if found[1] == 1 { 1 } else { rows };
+            let expected = [2, of, 1, self.layout.rotated().len()];
+            shape("rotation", &found, &expected)?;
+        }
         if self.common.len() != rows {
             return Err(ProblemError::PerRow {
                 list: "common slots",
@@ -308,8 +329,8 @@ impl DecodeProblem {
                 rows,
             });
         }
-        for (row, start) in self.starts.iter().enumerate() {
-            let needed = start / self.stride + 1;
+        for row in 0..rows {
+            let needed = self.slots(row);
             if needed > self.max_slots {
                 return Err(ProblemError::MissingSlots {
                     row,
@@ -378,6 +399,14 @@ impl SlotLayout {
         match self {
             Self::Dense { head_dim, .. } => *head_dim,
             Self::Latent { rank, .. } => *rank,
+        }
+    }
+
+    /// Channels of a query, and of a key, that a rotary embedding turns.
+    pub fn rotated(&self) -> Range<usize> {
+        match self {
+            Self::Dense { head_dim, .. } => 0..*head_dim,
+            Self::Latent { rank, rope_dim } => *rank..rank + rope_dim,
         }
     }
 

@@ -143,6 +143,14 @@ pub(crate) fn flat<B: Backend>(
     Tensor::from_data(data.convert_dtype(dtype), (device, dtype))
 }
 
+/// Slots that each row begins with as the row before it does.
+pub(crate) fn common_slots(tables: &[Vec<usize>]) -> Vec<usize> {
+    let before = std::iter::once(&[][..]).chain(tables.iter().map(Vec::as_slice));
+    let alike =
+        |(a, b): (&[usize], &Vec<usize>)| a.iter().zip(b).take_while(|(a, b)| a == b).count();
+    before.zip(tables).map(alike).collect()
+}
+
 /// All elements in 64 bits.
 pub(crate) fn values<B: Backend, const D: usize>(x: Tensor<B, D>) -> Vec<f64> {
     x.into_data().iter::<f64>().collect()

@@ -15,12 +15,13 @@ use mtla_core::{
         cube::{self, KernelError, Planes, Unavailable},
         launches, plain,
     },
+    rope::{RotaryConfig, RotaryLayout},
     testing::backends::{Wgpu, WgpuBare},
 };
 
 use crate::{
     alone,
-    common::{Numbers, values},
+    common::{Numbers, common_slots, values},
 };
 
 /// A random step and its operands as numbers.
@@ -28,6 +29,8 @@ struct Case {
     problem: DecodeProblem,
     q: Vec<f64>,
     row: Vec<f64>,
+    /// With one list of positions for all rows, or one for each.
+    rotary: Option<(RotaryConfig, Vec<Vec<usize>>)>,
     gates: Option<(usize, Vec<f64>)>,
     slots: usize,
     pool: Vec<f64>,
@@ -85,7 +88,7 @@ impl Case {
 
         let (slots, tables) = tables(&mut n, &starts, stride, beams);
         // What is common is a lower bound: now and then less is said than is true.
-        let mut common = common(&tables);
+        let mut common = common_slots(&tables);
         if n.below(4) == 0 {
             for count in &mut common {
                 *count = n.below(*count + 1);
@@ -118,6 +121,7 @@ impl Case {
         Self {
             q: n.normals(rows * heads * layout.key_width()),
             row: n.normals(rows * width),
+            rotary: rotary(&mut n, layout, rows),
             gates,
             slots,
             pool,
@@ -148,6 +152,9 @@ impl Case {
         let gates = self.gates.as_ref().map(|(lines, values)| {
             tensor(values, [*lines, p.layout.value_width() + 1], device, dtype)
         });
+        let rotary = self.rotary.as_ref().map(|(rope, positions)| {
+            rope.rotary(p.layout.rotated().len(), positions, dtype, device)
+        });
         let table = TensorData::new(self.table.clone(), [rows, 1 + p.max_slots]);
         DecodeOperands {
             q: tensor(
@@ -157,6 +164,7 @@ impl Case {
                 dtype,
             ),
             row: tensor(&self.row, [rows, width], device, dtype),
+            rotary,
             gates,
             pool: tensor(&self.pool, [self.slots, width], device, pool),
             table: Tensor::<B, 2, Int>::from_data(table, device),
@@ -175,6 +183,7 @@ impl Case {
         let rounded = Self {
             q: wide(self.q.clone(), types[0]),
             row: wide(self.row.clone(), types[0]),
+            rotary: self.rotary.clone(),
             gates: self
                 .gates
                 .as_ref()
@@ -209,6 +218,24 @@ fn layout(n: &mut Numbers) -> SlotLayout {
             rope_dim: pick(n, &[8, 16, 32, 64]),
         },
     }
+}
+
+/// The rotation of most steps whose channels are pairs.
+fn rotary(
+    n: &mut Numbers,
+    layout: SlotLayout,
+    rows: usize,
+) -> Option<(RotaryConfig, Vec<Vec<usize>>)> {
+    let channels = layout.rotated().len();
+    if channels == 0 || !channels.is_multiple_of(2) || n.below(5) == 0 {
+        return None;
+    }
+    let rope = RotaryConfig {
+        layout: pick(n, &[RotaryLayout::HalfSplit, RotaryLayout::Interleaved]),
+        ..RotaryConfig::default()
+    };
+    let lists = pick(n, &[1, rows, rows, rows]);
+    Some((rope, (0..lists).map(|_| vec![n.below(5000)]).collect()))
 }
 
 /// Slots of each row, and how many there are in all: rows share a prefix with the one before them or do not, or are
@@ -253,14 +280,6 @@ fn tables(
         }
     }
     (slots, tables)
-}
-
-/// Slots that each row begins with as the row before it does.
-fn common(tables: &[Vec<usize>]) -> Vec<usize> {
-    let before = std::iter::once(&[][..]).chain(tables.iter().map(Vec::as_slice));
-    let alike =
-        |(a, b): (&[usize], &Vec<usize>)| a.iter().zip(b).take_while(|(a, b)| a == b).count();
-    before.zip(tables).map(alike).collect()
 }
 
 fn tensor<B: Backend, const D: usize>(
@@ -434,6 +453,7 @@ fn dense_slots_are_not_gated() {
     let case = Case {
         q: n.normals(4 * 16),
         row: n.normals(layout.width()),
+        rotary: None,
         gates: Some((3, n.normals(3 * 17))),
         slots: 3,
         pool: n.normals(3 * layout.width()),
@@ -481,6 +501,7 @@ fn what_cannot_be_run_says_why() {
         Case {
             q: vec![0.5; heads * layout.key_width()],
             row: vec![0.25; layout.width()],
+            rotary: None,
             gates: None,
             slots: 3,
             pool: vec![0.125; 3 * layout.width()],
@@ -598,7 +619,9 @@ impl<B: AttentionBackend> Stream<B> {
             table.extend((0..p.max_slots).map(|slot| (row * self.room + slot) as i64));
         }
         let table = TensorData::new(table, [rows, 1 + p.max_slots]);
+        let positions: Vec<Vec<usize>> = p.starts.iter().map(|start| vec![*start]).collect();
         DecodeOperands {
+            rotary: Some(RotaryConfig::default().rotary(8, &positions, DType::F32, device)),
             q: tensor(q, [rows, p.heads, 40], device, DType::F32),
             row: tensor(row, [rows, 40], device, DType::F32),
             gates: Some(tensor(&self.gates, [self.room, 33], device, DType::F32)),

@@ -22,7 +22,7 @@ use crate::common::{
 
 backend_tests!(
     one_token_a_slot_is_gated_mla,
-    weights_of_a_step_are_those_of_the_whole_sequence,
+    what_a_step_did_is_what_the_whole_sequence_does,
     an_open_gate_of_one_token_a_slot_is_mla,
     the_two_rotary_layouts_are_permutations_of_each_other,
 );
@@ -161,8 +161,8 @@ fn permute<B: Backend>(linear: &mut Linear<B>, skipped: usize, kept: usize, widt
     linear.bias = bias.map(|bias: Param<Tensor<B, 1>>| bias.map(|b| b.select(0, order)));
 }
 
-/// A step's weights stand at slots: a slot is its chunk's last token so far.
-fn weights_of_a_step_are_those_of_the_whole_sequence<B: AttentionBackend>(device: &B::Device) {
+/// A step's weights stand at slots (a slot is its chunk's last token so far), and its gates are those of a prompt.
+fn what_a_step_did_is_what_the_whole_sequence_does<B: AttentionBackend>(device: &B::Device) {
     for (config, stride) in [
         (AttentionConfig::mha(16, 4), 1),
         (AttentionConfig::gqa(16, 4, 2), 1),
@@ -177,11 +177,32 @@ fn weights_of_a_step_are_those_of_the_whole_sequence<B: AttentionBackend>(device
         let input = AttentionInput::new(x.clone()).with_weights();
         let whole = attention.forward(input).weights.expect("asked for");
         let mut cache = Cache::new(attention.cache_spec(), 1, device);
+        cache.observe(&[0]);
+        cache.join(2);
+        let plan = cache.extend(&[0, 1], &[tokens, tokens]);
+        attention.prefill(x.clone(), &plan, cache.layer_mut(0));
+        let prompt = cache
+            .layer(0)
+            .observation()
+            .and_then(|seen| seen.gates.clone());
+        assert_eq!(
+            prompt.is_some(),
+            matches!(config, AttentionConfig::Mtla { .. })
+        );
+        cache.reorder(&[]);
         cache.join(2);
         for token in 0..tokens {
             let plan = cache.step(&[0, 1]);
             let x = x.clone().narrow(1, token, 1).squeeze_dim(1);
-            let (_, found) = attention.step_with_weights(x, &plan, cache.layer_mut(0));
+            attention.step(x, &plan, cache.layer_mut(0));
+            let seen = cache.layer(0).observation().expect("it is kept").clone();
+            if let (Some(prompt), Some(gates)) = (&prompt, seen.gates) {
+                let expected = values(prompt.clone().narrow(1, token, 1));
+                for (a, b) in values(gates).iter().zip(expected) {
+                    assert!((a - b).abs() < 1e-5, "{a} and {b}, {config:?}");
+                }
+            }
+            let found = seen.weights.expect("it was a step");
             let slots = token / stride + 1;
             assert_eq!(found.dims(), [2, 4, slots]);
             for slot in 0..slots {

@@ -117,27 +117,35 @@ fn operands_of_decode() {
         scale: 1.0,
     };
     let (q, row, gates, pool, table) = ([2, 3, 6], [2, 6], Some([3, 5]), [9, 6], [2, 4]);
-    assert_eq!(problem.validate(q, row, gates, pool, table), Ok(()));
-    let wrong = problem.validate([2, 3, 4], row, gates, pool, table);
+    let turn = Some([2, 2, 1, 2]);
+    assert_eq!(problem.validate(q, row, turn, gates, pool, table), Ok(()));
+    let wrong = problem.validate([2, 3, 4], row, turn, gates, pool, table);
     assert_eq!(operand(wrong), "q");
-    let wrong = problem.validate(q, [1, 6], gates, pool, table);
+    let wrong = problem.validate(q, [1, 6], turn, gates, pool, table);
     assert_eq!(operand(wrong), "row");
-    let wrong = problem.validate(q, row, gates, [9, 4], table);
+    let wrong = problem.validate(q, row, turn, gates, [9, 4], table);
     assert_eq!(operand(wrong), "pool");
-    let wrong = problem.validate(q, row, gates, pool, [2, 3]);
+    let wrong = problem.validate(q, row, turn, gates, pool, [2, 3]);
     assert_eq!(operand(wrong), "table");
+    for turn in [[2, 3, 1, 2], [2, 2, 2, 2], [2, 1, 1, 6]] {
+        let wrong = problem.validate(q, row, Some(turn), gates, pool, table);
+        assert_eq!(operand(wrong), "rotation");
+    }
     // Row 0 is in its third chunk: gates of two chunks are too few, of four are fine.
     for gates in [[2, 5], [3, 4]] {
-        let wrong = problem.validate(q, row, Some(gates), pool, table);
+        let wrong = problem.validate(q, row, turn, Some(gates), pool, table);
         assert_eq!(operand(wrong), "gate table");
     }
-    assert_eq!(problem.validate(q, row, Some([4, 5]), pool, table), Ok(()));
+    assert_eq!(
+        problem.validate(q, row, None, Some([4, 5]), pool, table),
+        Ok(())
+    );
 
     let without = DecodeProblem {
         common: vec![0],
         ..problem.clone()
     };
-    let wrong = without.validate(q, row, None, pool, table);
+    let wrong = without.validate(q, row, None, None, pool, table);
     let expected = ProblemError::PerRow {
         list: "common slots",
         found: 1,
@@ -151,7 +159,7 @@ fn operands_of_decode() {
         head_dim: 2,
     };
     let dense = DecodeProblem { layout, ..problem };
-    let wrong = dense.validate([2, 3, 2], [2, 8], None, [9, 8], table);
+    let wrong = dense.validate([2, 3, 2], [2, 8], None, None, [9, 8], table);
     assert_eq!(wrong, Err(ProblemError::Heads { heads, kv_heads }));
 }
 

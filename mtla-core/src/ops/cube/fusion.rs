@@ -1,100 +1,71 @@
-//! Decoding under Burn's fusion: one custom operation, which fusion keeps in order with those around it.
+//! Kernels under Burn's fusion: custom operations, which fusion keeps in order with those around them.
 
-use std::marker::PhantomData;
+use std::fmt;
 
-use burn::tensor::{Shape, Tensor, TensorPrimitive};
-use burn_cubecl::{
-    BoolElement, CubeBackend, CubeRuntime, FloatElement, IntElement, fusion::FusionCubeRuntime,
-};
+use burn::tensor::{DType, Shape};
+use burn_cubecl::{CubeBackend, CubeRuntime, fusion::FusionCubeRuntime, tensor::CubeTensor};
 use burn_cubecl_fusion::CubeFusionHandle;
 use burn_fusion::{
-    Fusion, FusionTensor,
+    FusionTensor,
     stream::{Operation, OperationStreams},
 };
 use burn_ir::{CustomOpIr, HandleContainer, OperationIr, TensorIr};
 
-use super::{
-    super::{DecodeOperands, DecodeProblem, plain},
-    Decoded,
-    launch::{Operands, launch},
-    plan::DecodePlan,
-    plan_or_fall_back,
-};
+/// A tensor as fusion has it.
+pub(super) type Fused<R> = FusionTensor<FusionCubeRuntime<R>>;
 
-pub(in super::super) fn decode<R, F, I, BT>(
-    operands: DecodeOperands<Fusion<CubeBackend<R, F, I, BT>>>,
-    problem: &DecodeProblem,
-) -> Decoded<Fusion<CubeBackend<R, F, I, BT>>>
+/// Tensors do not depend on the backend's element types.
+type Bare<R> = CubeBackend<R, f32, i32, u32>;
+
+/// Has `launch` run when fusion comes to it, and returns what it will give. It gets the tensors of `inputs` by their
+/// numbers, each once, so that one which nobody else holds may be written to.
+pub(super) fn custom<R: CubeRuntime, L, const N: usize>(
+    name: &'static str,
+    inputs: Vec<Fused<R>>,
+    outputs: [(Shape, DType); N],
+    launch: L,
+) -> [Fused<R>; N]
 where
-    R: CubeRuntime,
-    F: FloatElement,
-    I: IntElement,
-    BT: BoolElement,
+    L: Fn(&mut dyn FnMut(usize) -> CubeTensor<R>) -> [CubeTensor<R>; N] + Send + Sync + 'static,
 {
-    let Some(plan) = plan_or_fall_back::<R, _>(&operands, problem) else {
-        return plain::decode(operands, problem);
-    };
-    let [rows, heads, _] = operands.q.dims();
-    let out_shape = Shape::from([rows, heads, problem.layout.value_width()]);
-    let pool_shape = Shape::from(operands.pool.dims());
-
-    let mut inputs = vec![
-        operands.q.into_primitive().tensor(),
-        operands.row.into_primitive().tensor(),
-        operands.pool.into_primitive().tensor(),
-        operands.table.into_primitive(),
-    ];
-    inputs.extend(operands.gates.map(|gates| gates.into_primitive().tensor()));
     let client = inputs[0].client.clone();
     let streams = OperationStreams::with_inputs(&inputs);
-    let types = [plan.types.float, plan.types.pool];
-    let outputs = [(out_shape, types[0]), (pool_shape, types[1])]
-        .map(|(shape, dtype)| TensorIr::uninit(client.create_empty_handle(), shape, dtype));
+    let outputs =
+        outputs.map(|(shape, dtype)| TensorIr::uninit(client.create_empty_handle(), shape, dtype));
     let inputs: Vec<TensorIr> = inputs.into_iter().map(FusionTensor::into_ir).collect();
-    let description = CustomOpIr::new("mtla::decode", &inputs, &outputs);
-    let operation = Decode::<CubeBackend<R, F, I, BT>> {
+    let description = CustomOpIr::new(name, &inputs, &outputs);
+    let operation = Custom::<L, N> {
         description: description.clone(),
-        plan,
-        backend: PhantomData,
+        launch,
     };
-    let [out, pool] = client
+    client
         .register(streams, OperationIr::Custom(description), operation)
         .try_into()
-        .expect("as many outputs as were described");
-    (
-        Tensor::from_primitive(TensorPrimitive::Float(out)),
-        Tensor::from_primitive(TensorPrimitive::Float(pool)),
-    )
+        .expect("as many outputs as were described")
 }
 
-#[derive(Debug)]
-struct Decode<B> {
+struct Custom<L, const N: usize> {
     description: CustomOpIr,
-    plan: DecodePlan,
-    backend: PhantomData<B>,
+    launch: L,
 }
 
-impl<R, F, I, BT> Operation<FusionCubeRuntime<R>> for Decode<CubeBackend<R, F, I, BT>>
+impl<L, const N: usize> fmt::Debug for Custom<L, N> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.description.fmt(f)
+    }
+}
+
+impl<R: CubeRuntime, L, const N: usize> Operation<FusionCubeRuntime<R>> for Custom<L, N>
 where
-    R: CubeRuntime,
-    F: FloatElement,
-    I: IntElement,
-    BT: BoolElement,
+    L: Fn(&mut dyn FnMut(usize) -> CubeTensor<R>) -> [CubeTensor<R>; N] + Send + Sync,
 {
     fn execute(&self, handles: &mut HandleContainer<CubeFusionHandle<R>>) {
-        type Bare<R, F, I, BT> = CubeBackend<R, F, I, BT>;
-        let inputs = &self.description.inputs;
-        let mut float = |i: usize| handles.get_float_tensor::<Bare<R, F, I, BT>>(&inputs[i]);
-        let operands = Operands {
-            q: float(0),
-            row: float(1),
-            pool: float(2),
-            gates: (inputs.len() > 4).then(|| float(4)),
-            table: handles.get_int_tensor::<Bare<R, F, I, BT>>(&inputs[3]),
-        };
-        let (out, pool) = launch(operands, &self.plan);
-        let outputs = &self.description.outputs;
-        handles.register_float_tensor::<Bare<R, F, I, BT>>(&outputs[0].id, out);
-        handles.register_float_tensor::<Bare<R, F, I, BT>>(&outputs[1].id, pool);
+        let CustomOpIr {
+            inputs, outputs, ..
+        } = &self.description;
+        let found = (self.launch)(&mut |i| handles.get_float_tensor::<Bare<R>>(&inputs[i]));
+        for (output, tensor) in outputs.iter().zip(found) {
+            handles.register_float_tensor::<Bare<R>>(&output.id, tensor);
+        }
     }
 }

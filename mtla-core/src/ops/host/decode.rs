@@ -1,6 +1,6 @@
 //! One decoding step over a slot pool.
 //!
-//! Every row's new token is merged into its slot first, in place. Then each row's heads that share keys attend
+//! Every row's new token is rotated and merged into its slot first, in place. Then each row's heads that share keys attend
 //! to its slots together: a run of neighbouring slots (a prompt, above all) is read where it lies, as one
 //! matrix; scattered slots are gathered into a block before. Rows that begin with the same slots, as the beams of a
 //! prompt do, attend to these together too.
@@ -11,7 +11,10 @@ use burn::tensor::{DType, Element, Int, Tensor, TensorPrimitive};
 use burn_flex::{Flex, FlexTensor};
 
 use super::{
-    super::{DecodeOperands, DecodeProblem, LaunchKind, SlotLayout, launches, plain::to_dtype},
+    super::{
+        DecodeOperands, DecodeProblem, LaunchKind, SlotLayout, launches,
+        plain::{rotated, to_dtype},
+    },
     matrix::{HeadsWriter, Matrix, NewHeads},
     merge::sigmoid,
     primitive,
@@ -39,6 +42,7 @@ pub(in crate::ops) fn decode(
     operands.check(problem);
     launches::count(LaunchKind::HostDecode);
     let dtype = operands.q.dtype();
+    let operands = rotated(operands, problem);
     let table = integers(operands.table);
     let mut pool = operands.pool.into_primitive().tensor().to_contiguous();
     let floats = Floats {
@@ -90,11 +94,10 @@ fn run<R: Real, P: Stored<R>>(
         table,
     };
     let (rows, kv_heads) = (p.starts.len(), p.layout.kv_heads());
-    let lines: Vec<&[usize]> = (0..rows).map(|row| step.slots(row)).collect();
-    let teams = teams(&lines, QUERIES * kv_heads / p.heads);
+    let teams = teams(p, QUERIES * kv_heads / p.heads);
     let mut out = NewHeads::zeros([rows, p.heads, 1, p.layout.value_width()]);
     let writer = out.writer();
-    let slots: usize = p.starts.iter().map(|start| start / p.stride + 1).sum();
+    let slots: usize = (0..rows).map(|row| p.slots(row)).sum();
     for_each(
         teams.len() * kv_heads,
         slots * p.heads * p.layout.width(),
@@ -153,7 +156,7 @@ impl<R: Real, P: Stored<R>> Step<'_, R, P> {
     /// The slots of a row.
     fn slots(&self, row: usize) -> &[usize] {
         let line = &self.table[row * (1 + self.problem.max_slots)..][..=self.problem.max_slots];
-        &line[1..=1 + line[0] / self.problem.stride]
+        &line[1..=self.problem.slots(row)]
     }
 
     /// The heads of one key/value head of some rows.
@@ -253,25 +256,19 @@ struct Team {
 
 /// Cuts rows into teams of at most `most` rows, or of one where that is more; rows that share less than a long run stay
 /// alone.
-fn teams(rows: &[&[usize]], most: usize) -> Vec<Team> {
-    let common = |a: &[usize], b: &[usize]| a.iter().zip(b).take_while(|(a, b)| a == b).count();
+fn teams(p: &DecodeProblem, most: usize) -> Vec<Team> {
     let mut teams = Vec::new();
     let mut first = 0;
-    while first < rows.len() {
-        let others = rows[first + 1..].iter();
-        let akin = others.take_while(|row| common(rows[first], row) >= RUN);
-        let count = 1 + akin.count();
+    while first < p.common.len() {
+        let others = p.common[first + 1..].iter();
+        let count = 1 + others.take_while(|common| **common >= RUN).count();
         // Teams of one size, so that no core waits long for another.
         let parts = count.div_ceil(most.max(1));
         for part in 0..parts {
-            let members = first + part * count / parts..first + (part + 1) * count / parts;
-            let start = members.start;
-            let lengths = rows[members.clone()]
-                .iter()
-                .map(|row| common(rows[start], row));
+            let rows = first + part * count / parts..first + (part + 1) * count / parts;
             teams.push(Team {
-                shared: lengths.min().unwrap_or(0),
-                rows: members,
+                shared: p.shared(rows.clone()),
+                rows,
             });
         }
         first += count;
@@ -385,26 +382,32 @@ mod tests {
 
     #[test]
     fn rows_that_begin_alike_are_a_team() {
-        let cut = |rows: &[&[usize]], most| -> Vec<(Range<usize>, usize)> {
-            let teams = teams(rows, most).into_iter();
+        let cut = |common: &[usize], slots: usize, most| -> Vec<(Range<usize>, usize)> {
+            let problem = DecodeProblem {
+                heads: 1,
+                layout: SlotLayout::Latent {
+                    rank: 1,
+                    rope_dim: 0,
+                },
+                stride: 1,
+                starts: vec![slots - 1; common.len()],
+                max_slots: slots,
+                common: common.to_vec(),
+                scale: 1.0,
+            };
+            let teams = teams(&problem, most).into_iter();
             teams.map(|team| (team.rows, team.shared)).collect()
         };
-        assert_eq!(cut(&[], 8), []);
-        let prompt: Vec<usize> = (100..150).collect();
-        let beam = |own: &[usize]| [&prompt, own].concat();
-        let beams = [beam(&[1, 2]), beam(&[1, 3]), beam(&[4]), beam(&[1, 2, 5])];
-        let other: Vec<usize> = (0..40).collect();
-        let little = [&other[..RUN - 1], &[77]].concat();
-        let mut rows: Vec<&[usize]> = beams.iter().map(Vec::as_slice).collect();
-        rows.extend([&other[..], &little]);
-        assert_eq!(cut(&rows, 8), [(0..4, 50), (4..5, 40), (5..6, RUN)]);
+        assert_eq!(cut(&[], 60, 8), []);
+        let rows = [0, 51, 50, 52, 0, RUN - 1];
+        assert_eq!(cut(&rows, 60, 8), [(0..4, 50), (4..5, 0), (5..6, 0)]);
         assert_eq!(
-            cut(&rows, 3),
-            [(0..2, 51), (2..4, 50), (4..5, 40), (5..6, RUN)]
+            cut(&rows, 60, 3),
+            [(0..2, 51), (2..4, 52), (4..5, 0), (5..6, 0)]
         );
-        assert_eq!(cut(&rows, 0).len(), rows.len());
-        // Nothing is left of a row that others begin with.
-        assert_eq!(cut(&[&prompt, &beams[0]], 8), [(0..2, 50)]);
+        assert_eq!(cut(&rows, 60, 0).len(), rows.len());
+        // The newest slot is each row's own, whatever is said of it.
+        assert_eq!(cut(&[0, 50], 50, 8), [(0..2, 49)]);
     }
 
     #[test]

@@ -21,7 +21,7 @@ pub(in crate::ops) fn rotate(
 ) -> Tensor<Flex, 4> {
     let shape = x.dims();
     let [rows, tokens, _, width] = shape;
-    let [from, length, dim] = rotary.cos.dims();
+    let [_, from, length, dim] = rotary.table.dims();
     assert!(
         length == tokens && first + dim == width && (from == 1 || from == rows),
         "rotary table [{from}, {length}, {dim}] does not fit channels {first}.. of x {shape:?}"
@@ -39,9 +39,11 @@ fn in_place<R: Real>(
     [rows, tokens, heads, width]: [usize; 4],
     first: usize,
 ) -> Tensor<Flex, 4> {
-    let table = |x: &Tensor<Flex, 3>| x.clone().into_primitive().tensor().to_contiguous();
-    let (cos, sin) = (table(&rotary.cos), table(&rotary.sin));
-    let (cos, sin) = (cos.storage::<R>(), sin.storage::<R>());
+    let [_, from, ..] = rotary.table.dims();
+    let table = rotary.table.clone().into_primitive().tensor();
+    let table = table.to_contiguous();
+    let table = table.storage::<R>();
+    let (cos, sin) = table.split_at(table.len() / 2);
     let dim = width - first;
     let mut x = owned(x.into_primitive().tensor());
     // The storage may go on behind the tensor, which may be the first rows of a larger one.
@@ -51,11 +53,7 @@ fn in_place<R: Real>(
     let mut pieces: Vec<(usize, &mut [R])> = Vec::new();
     for (row, memory) in memory.chunks_exact_mut(tokens * heads * width).enumerate() {
         // One row of the table serves all rows where there is only one.
-        let line = if rotary.cos.dims()[0] == 1 {
-            0
-        } else {
-            row * tokens
-        };
+        let line = if from == 1 { 0 } else { row * tokens };
         let starts = (line..line + tokens).step_by(piece);
         pieces.extend(starts.zip(memory.chunks_mut(piece * heads * width)));
     }

@@ -7,20 +7,12 @@ use cubecl::prelude::*;
 use super::{
     super::{
         super::{LaunchKind, dropout::DropoutNumbers, launches},
-        launch::empty,
+        memory::empty,
     },
+    Operands,
     kernel::{KeptLaunch, PlacesLaunch, attend_kernel},
     plan::{AttendPlan, UNITS},
 };
-
-/// The operands as the backend has them.
-pub(super) struct Operands<R: CubeRuntime> {
-    pub(super) q: CubeTensor<R>,
-    pub(super) k: CubeTensor<R>,
-    pub(super) shared: Option<CubeTensor<R>>,
-    pub(super) v: CubeTensor<R>,
-    pub(super) rows: CubeTensor<R>,
-}
 
 /// What differs from launch to launch of a kernel.
 #[derive(Debug, Clone, Copy)]
@@ -35,7 +27,7 @@ pub(super) struct Numbers {
 
 /// The result `[batch, queries, heads, value_width]`, and for each query `ln Σ e^score`, `[batch, queries, heads, 1]`.
 pub(super) fn launch<R: CubeRuntime>(
-    operands: Operands<R>,
+    operands: Operands<CubeTensor<R>>,
     plan: &AttendPlan,
     numbers: &Numbers,
 ) -> (CubeTensor<R>, CubeTensor<R>) {

@@ -3,7 +3,7 @@
 //! * `kernel.rs` is the kernel;
 //! * `plan.rs` chooses sizes from problem and device, and knows what cannot run;
 //! * `launch.rs` makes room for the result and launches;
-//! * `fusion.rs` is the same under Burn's fusion, as a custom operation.
+//! * `fusion.rs` is the same under Burn's fusion.
 
 mod fusion;
 mod kernel;
@@ -11,13 +11,15 @@ mod launch;
 mod plan;
 
 use burn::tensor::{Int, Tensor, TensorData, TensorPrimitive, backend::Backend};
-use burn_cubecl::{BoolElement, CubeBackend, CubeRuntime, FloatElement, IntElement};
+use burn_cubecl::{
+    BoolElement, CubeBackend, CubeRuntime, FloatElement, IntElement, tensor::CubeTensor,
+};
 
 use super::{
     super::{AttendOperands, AttendProblem, KeyValue, Keys, Visibility, plain},
     fallback::{self, KernelError, Unavailable},
 };
-use launch::{Numbers, Operands, launch};
+use launch::{Numbers, launch};
 use plan::{AttendPlan, Own};
 
 pub(in super::super) use fusion::attend as attend_fused;
@@ -82,23 +84,43 @@ impl<B: Backend> Placed<B> {
     }
 }
 
-/// Operands as the kernel takes them.
-struct Prepared<B: Backend> {
-    q: Tensor<B, 4>,
-    keys: KeyValue<B>,
-    rows: Tensor<B, 1, Int>,
+/// Operands as a backend has them, and as the kernel takes them.
+#[derive(Debug, Clone, Copy)]
+struct Operands<T> {
+    q: T,
+    k: T,
+    shared: Option<T>,
+    v: T,
+    rows: T,
+}
+
+impl<T> Operands<T> {
+    fn map<U>(self, mut f: impl FnMut(T) -> U) -> Operands<U> {
+        Operands {
+            q: f(self.q),
+            k: f(self.k),
+            shared: self.shared.map(&mut f),
+            v: f(self.v),
+            rows: f(self.rows),
+        }
+    }
+}
+
+/// An attention that can be launched.
+struct Prepared<T> {
+    operands: Operands<T>,
     plan: AttendPlan,
     numbers: Numbers,
 }
 
-impl<B: Backend> Prepared<B> {
+impl<T: Clone> Prepared<T> {
     /// Of operands that fit the problem.
-    fn new<R: CubeRuntime>(
+    fn new<R: CubeRuntime, B>(
         operands: &AttendOperands<B>,
         problem: &AttendProblem,
     ) -> Result<Self, Unavailable>
     where
-        B: Backend<Device = R::Device>,
+        B: Backend<Device = R::Device, FloatTensorPrimitive = T, IntTensorPrimitive = T>,
     {
         let q = operands.q.clone();
         let device = q.device();
@@ -117,6 +139,7 @@ impl<B: Backend> Prepared<B> {
 
         let rows: Vec<i64> = plan.rows.iter().map(|n| *n as i64).collect();
         let rows = TensorData::new(rows, [problem.batch]);
+        let rows = Tensor::<B, 1, Int>::from_data(rows, &device);
         let furthest = plan.rows.iter().max().copied().unwrap_or_default();
         let numbers = Numbers {
             columns: placed.columns as u32,
@@ -126,10 +149,16 @@ impl<B: Backend> Prepared<B> {
             scale: problem.scale as f32,
             dropout: problem.dropout.map(|dropout| dropout.numbers()),
         };
+        let float = |x: Tensor<B, 4>| x.into_primitive().tensor();
+        let operands = Operands {
+            q: float(q),
+            k: float(keys.k),
+            shared: keys.shared.map(float),
+            v: float(keys.v),
+            rows: rows.into_primitive(),
+        };
         Ok(Self {
-            q,
-            keys,
-            rows: Tensor::from_data(rows, &device),
+            operands,
             plan,
             numbers,
         })
@@ -139,15 +168,15 @@ impl<B: Backend> Prepared<B> {
     ///
     /// # Panics
     /// If the operands do not fit the problem, or a kernel is required and there is none.
-    fn or_fall_back<R: CubeRuntime>(
+    fn or_fall_back<R: CubeRuntime, B>(
         operands: &AttendOperands<B>,
         problem: &AttendProblem,
     ) -> Option<Self>
     where
-        B: Backend<Device = R::Device>,
+        B: Backend<Device = R::Device, FloatTensorPrimitive = T, IntTensorPrimitive = T>,
     {
         operands.check(problem);
-        Self::new::<R>(operands, problem)
+        Self::new::<R, _>(operands, problem)
             .inspect_err(|reason| fallback::fall_back("attend", reason))
             .ok()
     }
@@ -168,7 +197,7 @@ where
     BT: BoolElement,
 {
     operands.validate(problem)?;
-    let prepared = Prepared::new::<R>(&operands, problem)?;
+    let prepared = Prepared::new::<R, _>(&operands, problem)?;
     drop(operands);
     Ok(run(prepared))
 }
@@ -183,30 +212,20 @@ where
     I: IntElement,
     BT: BoolElement,
 {
-    let Some(prepared) = Prepared::or_fall_back::<R>(&operands, problem) else {
+    let Some(prepared) = Prepared::or_fall_back::<R, _>(&operands, problem) else {
         return plain::attend(operands, problem);
     };
     drop(operands);
     run(prepared)
 }
 
-fn run<R, F, I, BT>(
-    prepared: Prepared<CubeBackend<R, F, I, BT>>,
-) -> Tensor<CubeBackend<R, F, I, BT>, 4>
+fn run<R, F, I, BT>(prepared: Prepared<CubeTensor<R>>) -> Tensor<CubeBackend<R, F, I, BT>, 4>
 where
     R: CubeRuntime,
     F: FloatElement,
     I: IntElement,
     BT: BoolElement,
 {
-    let float = |x: Tensor<_, 4>| x.into_primitive().tensor();
-    let operands = Operands::<R> {
-        q: float(prepared.q),
-        k: float(prepared.keys.k),
-        shared: prepared.keys.shared.map(float),
-        v: float(prepared.keys.v),
-        rows: prepared.rows.into_primitive(),
-    };
-    let (out, _) = launch(operands, &prepared.plan, &prepared.numbers);
+    let (out, _) = launch(prepared.operands, &prepared.plan, &prepared.numbers);
     Tensor::from_primitive(TensorPrimitive::Float(out)).swap_dims(1, 2)
 }

@@ -6,8 +6,8 @@ use cubecl::ir::DeviceProperties;
 
 use super::super::{
     super::{AttendProblem, Visibility},
+    device::{SUMS, is_float, vector},
     fallback::Unavailable,
-    plan::{SUMS, is_float, vector},
 };
 
 /// Queries of a tile, and columns of a block.

@@ -1,40 +1,29 @@
 //! From tensors to launches.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-
-use burn::tensor::{DType, Shape};
-use burn_cubecl::{
-    CubeRuntime, cubecl,
-    kernel::into_contiguous,
-    ops::numeric::{empty_device_contiguous_dtype, full_device_dtype},
-    tensor::CubeTensor,
-};
+use burn::tensor::DType;
+use burn_cubecl::{CubeRuntime, cubecl, kernel::into_contiguous, tensor::CubeTensor};
 use cubecl::{calculate_cube_count_elemwise, prelude::*};
 
 use super::{
-    super::{LaunchKind, launches},
+    super::{
+        super::{LaunchKind, launches},
+        memory::{empty, own},
+    },
+    Operands,
     combine::combine_kernel,
-    decode::{TeamTilesLaunch, decode_kernel},
+    kernel::{TeamTilesLaunch, decode_kernel},
     plan::DecodePlan,
 };
 
-/// The operands of a step as the backend has them.
-pub(super) struct Operands<R: CubeRuntime> {
-    pub(super) q: CubeTensor<R>,
-    pub(super) row: CubeTensor<R>,
-    pub(super) gates: Option<CubeTensor<R>>,
-    pub(super) pool: CubeTensor<R>,
-    pub(super) table: CubeTensor<R>,
-}
-
 /// The result `[rows, heads, value_width]`, and the pool, in place if nobody else holds it.
 pub(super) fn launch<R: CubeRuntime>(
-    operands: Operands<R>,
+    operands: Operands<CubeTensor<R>>,
     plan: &DecodePlan,
-) -> (CubeTensor<R>, CubeTensor<R>) {
+) -> [CubeTensor<R>; 2] {
     let Operands {
         q,
         row,
+        rotary,
         gates,
         pool,
         table,
@@ -74,6 +63,9 @@ pub(super) fn launch<R: CubeRuntime>(
             shape.vector,
             into_contiguous(q).into_tensor_arg(),
             into_contiguous(row).into_tensor_arg(),
+            rotary
+                .map(|rotary| into_contiguous(rotary).into_tensor_arg())
+                .into(),
             gates
                 .map(|gates| into_contiguous(gates).into_tensor_arg())
                 .into(),
@@ -95,7 +87,7 @@ pub(super) fn launch<R: CubeRuntime>(
     if let Some(partial) = partial {
         combine(partial, &out, plan);
     }
-    (out, pool)
+    [out, pool]
 }
 
 /// Puts the parts of every row together into `out`.
@@ -121,37 +113,4 @@ fn combine<R: CubeRuntime>(partial: CubeTensor<R>, out: &CubeTensor<R>, plan: &D
             types.float.into(),
         );
     }
-}
-
-/// A tensor that can be written to: itself, or a copy where its memory is shared. Rows lie one after the other in
-/// both, which not every device does by itself.
-fn own<R: CubeRuntime>(x: CubeTensor<R>) -> CubeTensor<R> {
-    if x.can_mut() && x.is_nonoverlapping() {
-        x
-    } else {
-        into_contiguous(x.copy())
-    }
-}
-
-static POISON: AtomicBool = AtomicBool::new(false);
-
-/// Whether, from now on and in the whole process, memory that a kernel is to write is filled with NaN before: what a
-/// kernel leaves out then shows. For tests.
-pub fn poison_outputs(poison: bool) {
-    POISON.store(poison, Ordering::Relaxed);
-}
-
-/// A new tensor, its rows one after the other.
-pub(super) fn empty<R: CubeRuntime>(
-    client: &ComputeClient<R>,
-    device: &R::Device,
-    shape: Shape,
-    dtype: DType,
-) -> CubeTensor<R> {
-    let (client, device) = (client.clone(), device.clone());
-    if POISON.load(Ordering::Relaxed) {
-        let nan = InputScalar::new(f32::NAN, dtype);
-        return into_contiguous(full_device_dtype(client, shape, device, nan, dtype));
-    }
-    empty_device_contiguous_dtype(client, device, shape, dtype)
 }

@@ -28,7 +28,10 @@
 use burn_cubecl::cubecl;
 use cubecl::prelude::*;
 
-use super::{LOWEST, across, plan::Shape};
+use super::{
+    super::{LOWEST, across},
+    plan::Shape,
+};
 
 /// With one part a row, `out` is the result `[rows, heads, values]`; with several, what
 /// [`combine`](super::combine) makes the result of: `[rows, parts, heads, values + 2]`, the last two vectors being
@@ -37,6 +40,7 @@ use super::{LOWEST, across, plan::Shape};
 pub(super) fn decode_kernel<F: Float, P: Float, I: Int, O: Float, N: Size>(
     q: &Tensor<Vector<F, N>>,
     row: &Tensor<Vector<F, N>>,
+    rotary: &ComptimeOption<Tensor<Vector<f32, N>>>,
     gates: &ComptimeOption<Tensor<F>>,
     pool: &mut Tensor<Vector<P, N>>,
     table: &Tensor<I>,
@@ -104,22 +108,18 @@ pub(super) fn decode_kernel<F: Float, P: Float, I: Int, O: Float, N: Size>(
         // Which slots, by whose line of the table, and who sees them. Table entries are held within bounds.
         let number = part * tiles_each + number;
         let mut is_shared = false.runtime();
-        let mut member = number / own_tiles;
-        let mut begin = number % own_tiles * shape.tile;
+        let mut own_number = number;
         if comptime!(shape.team > 1) {
             is_shared = number < shared_tiles;
-            let number = select(is_shared, 0, number - shared_tiles);
-            member = number / own_tiles;
-            begin = common + number % own_tiles * shape.tile;
+            own_number = select(is_shared, 0, number - shared_tiles);
         }
+        let member = own_number / own_tiles;
         let row_number = min(first_row + member, rows - 1);
         let start = usize::cast_from(table[row_number * line]);
         let newest = newest(table, row_number, stride);
         let opens = start.is_multiple_of(stride);
+        let mut begin = common + own_number % own_tiles * shape.tile;
         let mut end = newest + 1;
-        if member >= shape.team || first_row + member >= rows {
-            end = 0;
-        }
         let mut first_query = member * shape.heads;
         let mut queries = shape.heads.runtime();
         if comptime!(shape.team > 1) && is_shared {
@@ -127,6 +127,8 @@ pub(super) fn decode_kernel<F: Float, P: Float, I: Int, O: Float, N: Size>(
             end = common;
             first_query = 0;
             queries = comptime!(shape.queries()).runtime();
+        } else if member >= shape.team || first_row + member >= rows {
+            end = 0;
         }
 
         for query in range_stepped(unit, comptime!(shape.queries()), shape.units) {
@@ -143,8 +145,8 @@ pub(super) fn decode_kernel<F: Float, P: Float, I: Int, O: Float, N: Size>(
                 let place = slot * shape.slot_width + column;
                 held = pool[place];
                 if slot_number == newest && !is_shared {
-                    let new = row[row_number * shape.slot_width + column];
-                    let new = Vector::<f32, N>::cast_from(new);
+                    let new = row_number * shape.slot_width + column;
+                    let new = turned(row, new, row_number, channel, rotary, shape);
                     let before = Vector::<f32, N>::cast_from(held);
                     let gate = gate_of[min(member, comptime!(shape.team - 1))];
                     held = Vector::cast_from(merge(new, before, gate, opens, channel, shape));
@@ -163,6 +165,7 @@ pub(super) fn decode_kernel<F: Float, P: Float, I: Int, O: Float, N: Size>(
         };
         compare(
             q,
+            rotary,
             &tile,
             &mut scores,
             &mut scratch,
@@ -388,6 +391,47 @@ fn column(channel: usize, kv_head: usize, #[comptime] shape: Shape) -> usize {
     }
 }
 
+/// The channels at `place` of queries or new tokens, turned by the angles of their row if they are among those of a
+/// key, where they are number `channel`, that are.
+#[cube]
+fn turned<F: Float, N: Size>(
+    x: &Tensor<Vector<F, N>>,
+    place: usize,
+    row: usize,
+    channel: usize,
+    rotary: &ComptimeOption<Tensor<Vector<f32, N>>>,
+    #[comptime] shape: Shape,
+) -> Vector<f32, N> {
+    let mut own = Vector::<f32, N>::cast_from(x[place]);
+    #[comptime]
+    match rotary {
+        ComptimeOption::None => own,
+        ComptimeOption::Some(rotary) => {
+            let turn = comptime!(shape.turn.expect("there is one with its table"));
+            if channel >= turn.first && channel < comptime!(turn.first + turn.width) {
+                let channel = channel - turn.first;
+                let cos = min(row, rotary.shape(1) - 1) * turn.width + channel;
+                let sin = cos + rotary.shape(1) * turn.width;
+                let mut quarter = Vector::<f32, N>::new(0.0);
+                if comptime!(turn.distance == 0) {
+                    #[unroll]
+                    for pair in 0..comptime!(shape.vector / 2) {
+                        quarter[2 * pair] = -own[2 * pair + 1];
+                        quarter[2 * pair + 1] = own[2 * pair];
+                    }
+                } else {
+                    let is_first = channel % comptime!(2 * turn.distance) < turn.distance;
+                    let other = select(is_first, place + turn.distance, place - turn.distance);
+                    let sign = select(is_first, -1.0f32, 1.0f32);
+                    quarter = Vector::new(sign) * Vector::cast_from(x[other]);
+                }
+                own = own * rotary[cos] + quarter * rotary[sin];
+            }
+            own
+        }
+    }
+}
+
 /// What the new token's slot holds from now on: gated latents add up, and the newest rope key wins.
 #[cube]
 fn merge<N: Size>(
@@ -463,6 +507,7 @@ struct Looking {
 #[cube]
 fn compare<F: Float, P: Float, N: Size>(
     q: &Tensor<Vector<F, N>>,
+    rotary: &ComptimeOption<Tensor<Vector<f32, N>>>,
     tile: &SharedMemory<Vector<P, N>>,
     scores: &mut SharedMemory<f32>,
     scratch: &mut SharedMemory<f32>,
@@ -495,7 +540,7 @@ fn compare<F: Float, P: Float, N: Size>(
             products[b] = Vector::new(0.0);
         }
         for channel in range_stepped(lane, shape.key_width, shape.lanes) {
-            let query = Vector::<f32, N>::cast_from(q[queries + channel]);
+            let query = turned(q, queries + channel, batch, channel, rotary, shape);
             #[unroll]
             for b in 0..shape.block {
                 let key = tile[(slot + b) * shape.tile_width + channel];

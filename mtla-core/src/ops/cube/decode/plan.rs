@@ -1,18 +1,17 @@
 //! How a decoding step is laid out on a device: sizes that are compiled into the kernel, and the number of cubes.
 
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::ops::Range;
 
 use burn::tensor::DType;
 use burn_cubecl::cubecl;
-use cubecl::{
-    features::{Plane, TypeUsage},
-    ir::DeviceProperties,
-};
+use cubecl::ir::DeviceProperties;
 
-use super::{
+use super::super::{
     super::{DecodeProblem, SlotLayout},
+    device::{SUMS, is_float, is_usable, plane_size, vector},
     fallback::Unavailable,
 };
+use crate::rope::RotaryLayout;
 
 /// Units of a cube, at most; WebGPU's default limit.
 const UNITS: usize = 256;
@@ -24,10 +23,6 @@ const TILE: usize = 32;
 const BLOCK: usize = 4;
 /// Units that share a comparison, at least: neighbours then read neighbouring channels, from different banks.
 const LANES: usize = 8;
-/// Sums that a unit keeps in registers, at most.
-pub(super) const SUMS: usize = 128;
-/// Elements of a vector, at most.
-const VECTOR: usize = 4;
 /// Cubes that keep a multiprocessor busy, how many of them to expect where a device does not say, and the
 /// tiles that are worth a cube of their own.
 const CUBES: usize = 4;
@@ -37,35 +32,6 @@ const TILES: usize = 2;
 const TEAMS: [usize; 7] = [2, 3, 4, 5, 6, 8, 10];
 /// Sums that a unit keeps for a team, at most: with more, few cubes find room on a multiprocessor.
 const TEAM_SUMS: usize = SUMS / 2;
-
-/// When a kernel uses plane operations (subgroups).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Planes {
-    /// Where the device says that it has them.
-    Reported,
-    /// Nowhere: for drivers that get them wrong.
-    Never,
-    /// Everywhere: for tests on devices that have them and don't say so.
-    Always,
-}
-
-static PLANES: AtomicU8 = AtomicU8::new(Planes::Reported as u8);
-
-/// When kernels use plane operations, from now on and in the whole process.
-pub fn use_planes(planes: Planes) {
-    PLANES.store(planes as u8, Ordering::Relaxed);
-}
-
-/// Units of a plane; 1 where plane operations are not to be used.
-fn plane_size(device: &DeviceProperties) -> usize {
-    let forced = PLANES.load(Ordering::Relaxed);
-    let reported = device.features.plane.contains(Plane::Ops);
-    let size = device.hardware.plane_size_min as usize;
-    if forced == Planes::Never as u8 || !reported && forced != Planes::Always as u8 {
-        return 1;
-    }
-    if size.is_power_of_two() { size } else { 1 }
-}
 
 /// Sizes that the kernel is compiled for. All widths are in vectors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -87,6 +53,7 @@ pub(super) struct Shape {
     pub(super) values_at: usize,
     /// Whether the new token is gated and merged.
     pub(super) gated: bool,
+    pub(super) turn: Option<Turn>,
     /// Units of a cube, a power of two.
     pub(super) units: usize,
     /// Slots of a tile.
@@ -105,6 +72,31 @@ pub(super) struct Shape {
     pub(super) sum_vectors: usize,
     /// Whether a row has several parts, so that partial results are written.
     pub(super) parts: bool,
+}
+
+/// A rotary embedding of queries and new keys. Widths are in vectors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct Turn {
+    /// Its first channels, and how many there are.
+    pub(super) first: usize,
+    pub(super) width: usize,
+    /// From one channel of a pair to the other; 0 where they are neighbours in a vector.
+    pub(super) distance: usize,
+}
+
+impl Turn {
+    /// Of vectors of this many elements.
+    fn new(channels: Range<usize>, layout: RotaryLayout, vector: usize) -> Self {
+        let width = channels.len() / vector;
+        Self {
+            first: channels.start / vector,
+            width,
+            distance: match layout {
+                RotaryLayout::HalfSplit => width / 2,
+                RotaryLayout::Interleaved => usize::from(vector == 1),
+            },
+        }
+    }
 }
 
 impl Shape {
@@ -127,6 +119,8 @@ pub(super) struct Types {
     /// New rows, and gates: as queries, or there is no kernel.
     pub(super) row: DType,
     pub(super) gates: Option<DType>,
+    /// 32 bits, or there is no kernel.
+    pub(super) rotary: Option<DType>,
     pub(super) pool: DType,
     pub(super) table: DType,
 }
@@ -149,6 +143,7 @@ pub(super) struct DecodePlan {
 impl DecodePlan {
     pub(super) fn new(
         problem: &DecodeProblem,
+        rotary: Option<RotaryLayout>,
         types: Types,
         device: &DeviceProperties,
     ) -> Result<Self, Unavailable> {
@@ -158,13 +153,24 @@ impl DecodePlan {
         if rows == 0 || rows > most_rows as usize || kv_heads > most_heads as usize {
             return Err(Unavailable::Grid { rows, kv_heads });
         }
-        let widths = [problem.layout.key_width(), problem.layout.value_width()];
-        let vector = vector(&widths, types.float.size().max(types.pool.size()), device);
-        let alone = shape(problem, 1, types, vector, device)?;
+        let layout = problem.layout;
+        let mut widths = vec![layout.key_width(), layout.value_width()];
+        let mut bytes = types.float.size().max(types.pool.size());
+        if let Some(table) = types.rotary {
+            bytes = bytes.max(table.size());
+        }
+        if rotary == Some(RotaryLayout::HalfSplit) {
+            widths.push(layout.rotated().len() / 2);
+        }
+        let vector = vector(&widths, bytes, device);
+        let turn = rotary.map(|rotary| Turn::new(layout.rotated(), rotary, vector));
+        let shape =
+            |team| shape(problem, team, types, vector, device).map(|shape| Shape { turn, ..shape });
+        let alone = shape(1)?;
         let larger = TEAMS
             .into_iter()
             .filter(|team| *team <= rows && problem.common.iter().any(|n| *n > 0))
-            .filter_map(|team| shape(problem, team, types, vector, device).ok())
+            .filter_map(|team| shape(team).ok())
             .filter(|shape| shape.sums() <= TEAM_SUMS);
         let with_tiles = |shape| {
             let tiles = tiles(problem, &shape);
@@ -198,20 +204,12 @@ impl DecodePlan {
 
 /// Tiles of slots that a team has in common, and of a row's own: the most that any team or row has.
 fn tiles(problem: &DecodeProblem, shape: &Shape) -> [usize; 2] {
-    let slots: Vec<usize> = problem
-        .starts
-        .iter()
-        .map(|start| start / problem.stride + 1)
-        .collect();
     let (mut shared, mut own) = (0, 1);
-    for (slots, common) in slots
-        .chunks(shape.team)
-        .zip(problem.common.chunks(shape.team))
-    {
-        let of_all = common[1..].iter().copied().min().unwrap_or_default();
-        // New tokens' slots are each row's own.
-        let of_all = slots.iter().map(|n| n - 1).fold(of_all, usize::min);
-        let longest = slots.iter().max().copied().unwrap_or_default();
+    let rows = problem.starts.len();
+    for first in (0..rows).step_by(shape.team) {
+        let team = first..rows.min(first + shape.team);
+        let of_all = problem.shared(team.clone());
+        let longest = team.map(|row| problem.slots(row)).max().unwrap_or_default();
         shared = shared.max(of_all.div_ceil(shape.tile));
         own = own.max((longest - of_all).div_ceil(shape.tile));
     }
@@ -222,17 +220,6 @@ fn tiles(problem: &DecodeProblem, shape: &Shape) -> [usize; 2] {
 fn work(rows: usize, shape: &Shape, [shared, own]: [usize; 2]) -> usize {
     let team = shape.team;
     rows.div_ceil(team) * shape.tile * (shared * (2 + team) + own * team * 3)
-}
-
-/// Whether the device loads, stores and converts numbers of this type.
-fn is_usable(dtype: DType, device: &DeviceProperties) -> bool {
-    let usage = TypeUsage::Buffer | TypeUsage::Conversion;
-    device.type_usage(dtype.into()).is_superset(usage)
-}
-
-/// Whether kernels take floats of this type on the device.
-pub(super) fn is_float(dtype: DType, device: &DeviceProperties) -> bool {
-    matches!(dtype, DType::F32 | DType::F16 | DType::BF16) && is_usable(dtype, device)
 }
 
 fn check_types(types: Types, device: &DeviceProperties) -> Result<(), Unavailable> {
@@ -246,17 +233,12 @@ fn check_types(types: Types, device: &DeviceProperties) -> Result<(), Unavailabl
         Types {
             gates: Some(gates), ..
         } if gates != types.float => missing("gates", gates),
+        Types {
+            rotary: Some(rotary),
+            ..
+        } if rotary != DType::F32 => missing("a rotation", rotary),
         _ => Ok(()),
     }
-}
-
-/// The longest vector of elements of this many bytes that divides all widths and that the device loads at once.
-pub(super) fn vector(widths: &[usize], bytes: usize, device: &DeviceProperties) -> usize {
-    let hardware = &device.hardware;
-    let most = (hardware.load_width as usize / (8 * bytes)).min(hardware.max_vector_size);
-    let divides =
-        |n: &usize| n.is_power_of_two() && widths.iter().all(|width| width.is_multiple_of(*n));
-    (1..=most.min(VECTOR)).rev().find(divides).unwrap_or(1)
 }
 
 fn shape(
@@ -325,6 +307,7 @@ fn shape(
         slot_width,
         tile_width,
         values_at,
+        turn: None,
         gated: types.gates.is_some() && matches!(layout, SlotLayout::Latent { .. }),
         units,
         tile,
@@ -344,7 +327,7 @@ fn shape(
 mod tests {
     use super::*;
     use cubecl::{
-        features::Features,
+        features::{Features, Plane, TypeUsage},
         ir::{HardwareProperties, MemoryDeviceProperties},
         profile::TimingMethod,
     };
@@ -382,6 +365,7 @@ mod tests {
         float: DType::F32,
         row: DType::F32,
         gates: None,
+        rotary: None,
         pool: DType::F32,
         table: DType::I32,
     };
@@ -423,7 +407,7 @@ mod tests {
                     ];
                     for layout in layouts {
                         let problem = problem(layout, heads, 3, 1000);
-                        let plan = DecodePlan::new(&problem, TYPES, &device).unwrap();
+                        let plan = DecodePlan::new(&problem, None, TYPES, &device).unwrap();
                         let s = plan.shape;
                         let floats = s.scratch + 2 * s.queries() * (s.tile + 1) + s.team;
                         let floats = floats + s.tile * s.tile_width * s.vector;
@@ -448,7 +432,9 @@ mod tests {
         };
         let parts = |rows, max_slots| {
             let problem = problem(layout, 8, rows, max_slots);
-            DecodePlan::new(&problem, TYPES, &webgpu()).unwrap().parts
+            DecodePlan::new(&problem, None, TYPES, &webgpu())
+                .unwrap()
+                .parts
         };
         assert_eq!(parts(1, 1), 1);
         assert_eq!(parts(1, 10_000), CUBES * MULTIPROCESSORS);
@@ -467,7 +453,7 @@ mod tests {
                 common: common.to_vec(),
                 ..problem(layout, 8, common.len(), max_slots)
             };
-            DecodePlan::new(&problem, TYPES, &webgpu()).unwrap()
+            DecodePlan::new(&problem, None, TYPES, &webgpu()).unwrap()
         };
         let beams = [0, 200, 200, 200, 200, 200, 200, 200];
         let two_prompts = [&beams[..], &beams].concat();
@@ -513,7 +499,10 @@ mod tests {
         for (operand, types) in lacking {
             let dtype = half;
             let missing = Unavailable::Type { operand, dtype };
-            assert_eq!(DecodePlan::new(&problem, types, &webgpu()), Err(missing));
+            assert_eq!(
+                DecodePlan::new(&problem, None, types, &webgpu()),
+                Err(missing)
+            );
         }
     }
 }

@@ -1,0 +1,147 @@
+//! One token a row over the slot pool of a cache.
+//!
+//! * `kernel.rs` is the kernel, `combine.rs` the one after it where rows have several parts;
+//! * `plan.rs` chooses sizes from problem and device, and knows what cannot run;
+//! * `launch.rs` makes room for results and launches;
+//! * `fusion.rs` is the same under Burn's fusion.
+
+mod combine;
+mod fusion;
+mod kernel;
+mod launch;
+mod plan;
+
+use burn::tensor::{Tensor, TensorPrimitive, backend::Backend};
+use burn_cubecl::{BoolElement, CubeBackend, CubeRuntime, FloatElement, IntElement};
+
+use super::{
+    super::{DecodeOperands, DecodeProblem, plain},
+    fallback::{self, KernelError, Unavailable},
+};
+use launch::launch;
+use plan::{DecodePlan, Types};
+
+pub(in super::super) use fusion::decode as decode_fused;
+
+/// The operands of a step as a backend has them.
+#[derive(Debug, Clone, Copy)]
+struct Operands<T> {
+    q: T,
+    row: T,
+    rotary: Option<T>,
+    gates: Option<T>,
+    pool: T,
+    table: T,
+}
+
+impl<T> Operands<T> {
+    fn new<B>(operands: DecodeOperands<B>) -> Self
+    where
+        B: Backend<FloatTensorPrimitive = T, IntTensorPrimitive = T>,
+    {
+        Self {
+            q: operands.q.into_primitive().tensor(),
+            row: operands.row.into_primitive().tensor(),
+            rotary: operands
+                .rotary
+                .map(|rotary| rotary.table.into_primitive().tensor()),
+            gates: operands.gates.map(|gates| gates.into_primitive().tensor()),
+            pool: operands.pool.into_primitive().tensor(),
+            table: operands.table.into_primitive(),
+        }
+    }
+
+    fn map<U>(self, mut f: impl FnMut(T) -> U) -> Operands<U> {
+        Operands {
+            q: f(self.q),
+            row: f(self.row),
+            rotary: self.rotary.map(&mut f),
+            gates: self.gates.map(&mut f),
+            pool: f(self.pool),
+            table: f(self.table),
+        }
+    }
+}
+
+/// What a step gives: the result `[rows, heads, value_width]`, and the pool.
+pub type Decoded<B> = (Tensor<B, 3>, Tensor<B, 2>);
+
+/// [`decode`](crate::ops::AttentionBackend::decode) by the kernel, or not at all.
+///
+/// # Errors
+/// [`KernelError`] says whether the operands do not fit, or the kernel cannot run them.
+pub fn try_decode<R, F, I, BT>(
+    operands: DecodeOperands<CubeBackend<R, F, I, BT>>,
+    problem: &DecodeProblem,
+) -> Result<Decoded<CubeBackend<R, F, I, BT>>, KernelError>
+where
+    R: CubeRuntime,
+    F: FloatElement,
+    I: IntElement,
+    BT: BoolElement,
+{
+    operands.validate(problem)?;
+    let plan = plan::<R, _>(&operands, problem)?;
+    Ok(run(operands, &plan))
+}
+
+pub(in super::super) fn decode<R, F, I, BT>(
+    operands: DecodeOperands<CubeBackend<R, F, I, BT>>,
+    problem: &DecodeProblem,
+) -> Decoded<CubeBackend<R, F, I, BT>>
+where
+    R: CubeRuntime,
+    F: FloatElement,
+    I: IntElement,
+    BT: BoolElement,
+{
+    match plan_or_fall_back::<R, _>(&operands, problem) {
+        Some(plan) => run(operands, &plan),
+        None => plain::decode(operands, problem),
+    }
+}
+
+fn plan<R: CubeRuntime, B: Backend<Device = R::Device>>(
+    operands: &DecodeOperands<B>,
+    problem: &DecodeProblem,
+) -> Result<DecodePlan, Unavailable> {
+    let types = Types {
+        float: operands.q.dtype(),
+        row: operands.row.dtype(),
+        rotary: operands.rotary.as_ref().map(|rotary| rotary.table.dtype()),
+        gates: operands.gates.as_ref().map(Tensor::dtype),
+        pool: operands.pool.dtype(),
+        table: operands.table.dtype(),
+    };
+    let layout = operands.rotary.as_ref().map(|rotary| rotary.layout);
+    let client = R::client(&operands.q.device());
+    DecodePlan::new(problem, layout, types, client.properties())
+}
+
+/// Where there is no plan, the plain form is to run, and that has been said.
+///
+/// # Panics
+/// If the operands do not fit the problem, or a kernel is required and there is none.
+fn plan_or_fall_back<R: CubeRuntime, B: Backend<Device = R::Device>>(
+    operands: &DecodeOperands<B>,
+    problem: &DecodeProblem,
+) -> Option<DecodePlan> {
+    operands.check(problem);
+    plan::<R, _>(operands, problem)
+        .inspect_err(|reason| fallback::fall_back("decode", reason))
+        .ok()
+}
+
+fn run<R, F, I, BT>(
+    operands: DecodeOperands<CubeBackend<R, F, I, BT>>,
+    plan: &DecodePlan,
+) -> Decoded<CubeBackend<R, F, I, BT>>
+where
+    R: CubeRuntime,
+    F: FloatElement,
+    I: IntElement,
+    BT: BoolElement,
+{
+    let [out, pool] = launch(Operands::new(operands), plan).map(TensorPrimitive::Float);
+    (Tensor::from_primitive(out), Tensor::from_primitive(pool))
+}

@@ -1,0 +1,64 @@
+//! What kernels ask of a device.
+
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use burn::tensor::DType;
+use burn_cubecl::cubecl;
+use cubecl::{
+    features::{Plane, TypeUsage},
+    ir::DeviceProperties,
+};
+
+/// Sums that a unit keeps in registers, at most.
+pub(super) const SUMS: usize = 128;
+/// Elements of a vector, at most.
+const VECTOR: usize = 4;
+
+/// When a kernel uses plane operations (subgroups).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Planes {
+    /// Where the device says that it has them.
+    Reported,
+    /// Nowhere: for drivers that get them wrong.
+    Never,
+    /// Everywhere: for tests on devices that have them and don't say so.
+    Always,
+}
+
+static PLANES: AtomicU8 = AtomicU8::new(Planes::Reported as u8);
+
+/// When kernels use plane operations, from now on and in the whole process.
+pub fn use_planes(planes: Planes) {
+    PLANES.store(planes as u8, Ordering::Relaxed);
+}
+
+/// Units of a plane; 1 where plane operations are not to be used.
+pub(super) fn plane_size(device: &DeviceProperties) -> usize {
+    let forced = PLANES.load(Ordering::Relaxed);
+    let reported = device.features.plane.contains(Plane::Ops);
+    let size = device.hardware.plane_size_min as usize;
+    if forced == Planes::Never as u8 || !reported && forced != Planes::Always as u8 {
+        return 1;
+    }
+    if size.is_power_of_two() { size } else { 1 }
+}
+
+/// Whether the device loads, stores and converts numbers of this type.
+pub(super) fn is_usable(dtype: DType, device: &DeviceProperties) -> bool {
+    let usage = TypeUsage::Buffer | TypeUsage::Conversion;
+    device.type_usage(dtype.into()).is_superset(usage)
+}
+
+/// Whether kernels take floats of this type on the device.
+pub(super) fn is_float(dtype: DType, device: &DeviceProperties) -> bool {
+    matches!(dtype, DType::F32 | DType::F16 | DType::BF16) && is_usable(dtype, device)
+}
+
+/// The longest vector of elements of this many bytes that divides all widths and that the device loads at once.
+pub(super) fn vector(widths: &[usize], bytes: usize, device: &DeviceProperties) -> usize {
+    let hardware = &device.hardware;
+    let most = (hardware.load_width as usize / (8 * bytes)).min(hardware.max_vector_size);
+    let divides =
+        |n: &usize| n.is_power_of_two() && widths.iter().all(|width| width.is_multiple_of(*n));
+    (1..=most.min(VECTOR)).rev().find(divides).unwrap_or(1)
+}
