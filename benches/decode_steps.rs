@@ -34,6 +34,9 @@ struct Arguments {
     /// Pools above this many MiB are left out.
     #[arg(long, default_value_t = 320)]
     most_mib: usize,
+    /// Leaves the rotation of queries and new keys out.
+    #[arg(long)]
+    unrotated: bool,
     /// Measures nothing and prints how long reading and writing alone would take, on an H100 (3350 GB/s) and on a
     /// laptop's integrated GPU (60 GB/s).
     #[arg(long)]
@@ -65,6 +68,7 @@ const fn dense(kv_heads: usize) -> SlotLayout {
 struct Step {
     problem: DecodeProblem,
     gated: bool,
+    rotated: bool,
 }
 
 impl Step {
@@ -78,8 +82,11 @@ impl Step {
             common: vec![0; rows],
             scale: (layout.key_width() as f64).powf(-0.5),
         };
-        let gated = stride > 1;
-        Self { problem, gated }
+        Self {
+            problem,
+            gated: stride > 1,
+            rotated: true,
+        }
     }
 
     fn slots(&self) -> usize {
@@ -114,12 +121,10 @@ impl Step {
         DecodeOperands {
             q: Tensor::random([rows, p.heads, layout.key_width()], normal, device),
             row: Tensor::random([rows, layout.width()], normal, device),
-            rotary: Some(RotaryConfig::default().rotary(
-                layout.rotated().len(),
-                &positions,
-                DType::F32,
-                device,
-            )),
+            rotary: self.rotated.then(|| {
+                let channels = layout.rotated().len();
+                RotaryConfig::default().rotary(channels, &positions, DType::F32, device)
+            }),
             gates: self
                 .gated
                 .then(|| Tensor::random(gates, normal, device) * 0.05),
@@ -217,7 +222,10 @@ fn main() {
     for (name, layout, stride) in VARIANTS {
         for &tokens in &arguments.tokens {
             for &rows in &arguments.rows {
-                let step = Step::new((layout, stride), rows, tokens);
+                let step = Step {
+                    rotated: !arguments.unrotated,
+                    ..Step::new((layout, stride), rows, tokens)
+                };
                 if arguments.paper {
                     let us = |gigabytes: f64| step.bytes() as f64 / gigabytes / 1e3;
                     println!(
