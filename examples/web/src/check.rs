@@ -15,7 +15,7 @@ use serde::Serialize;
 use crate::writer::{WriterError, decode_launches};
 
 /// Problems of a check.
-const CASES: u64 = 24;
+const CASES: u64 = 16;
 /// Tokens that every row is continued by.
 const STEPS: usize = 3;
 const VOCABULARY: usize = 16;
