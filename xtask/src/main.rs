@@ -169,7 +169,7 @@ impl Page {
                 files.push(json!({
                     "path": format!("{name}/{file}"),
                     "bytes": bytes.len(),
-                    "sha256": digits(&Sha256::digest(&bytes)),
+                    "sha256": format!("{:x}", Sha256::digest(&bytes)),
                 }));
             }
             list.push(json!({ "name": name, "files": files }));
@@ -205,10 +205,6 @@ impl Page {
             .arg(out)
             .args(["--port", &port.to_string(), "--host", "localhost"]))
     }
-}
-
-fn digits(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Copies the files of a folder into another one.

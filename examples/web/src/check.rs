@@ -97,7 +97,7 @@ impl Case {
             ),
         };
         let most = draws.pick(&[1, 7, 40, 300]);
-        let prompts: Vec<Vec<usize>> = (0..1 + draws.below(4))
+        let prompts: Vec<Vec<usize>> = (0..=draws.below(4))
             .map(|_| {
                 let length = 1 + draws.below(most);
                 (0..length).map(|_| draws.below(VOCABULARY)).collect()

@@ -20,8 +20,7 @@ fn start() {
 /// The SHA-256 of bytes, in hexadecimal digits. (A page's own is there only on pages that came encrypted.)
 #[wasm_bindgen]
 pub fn sha256(bytes: &[u8]) -> String {
-    let digits = |byte: &u8| format!("{byte:02x}");
-    Sha256::digest(bytes).iter().map(digits).collect()
+    format!("{:x}", Sha256::digest(bytes))
 }
 
 /// Gets the GPU ready. Once, and only where the page has found an adapter.

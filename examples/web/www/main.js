@@ -251,8 +251,8 @@ function bars({ length, cache_bytes: own }) {
 async function about() {
     const row = async (name) => {
         const report = await (await fetch(`${name}/report.json`)).json();
-        const sum = (field) => report.answers.reduce((all, bucket) => all + bucket[field], 0);
-        const share = (field) => `${((100 * sum(field)) / sum("asked")).toFixed(1)} %`;
+        const all = report.answers.find(({ distance }) => distance === "all");
+        const share = (field) => `${((100 * all[field]) / all.asked).toFixed(1)} %`;
         const { trainer, data } = report.settings;
         const cells = [
             name.toUpperCase(),

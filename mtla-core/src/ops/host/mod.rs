@@ -75,7 +75,10 @@ struct Operands {
     keys: HostKeys,
 }
 
-#[expect(clippy::large_enum_variant, reason = "there is one at a time")]
+#[cfg_attr(
+    target_pointer_width = "64",
+    expect(clippy::large_enum_variant, reason = "there is one at a time")
+)]
 enum HostKeys {
     Tokens(HostKeyValue),
     Columns(Option<HostKeyValue>, Option<HostKeyValue>),

@@ -4,7 +4,10 @@
 //! ```text
 //! cargo run --release -p mtla-benches --features wgpu --bin decode-steps
 //! cargo run --release -p mtla-benches --features wgpu --bin decode-steps -- --paper
+//! cargo run --release -p mtla-benches --features wgpu --bin decode-steps -- --kernels --tokens 512
 //! ```
+
+mod kernels;
 
 use std::time::{Duration, Instant};
 
@@ -41,6 +44,10 @@ struct Arguments {
     /// laptop's integrated GPU (60 GB/s).
     #[arg(long)]
     paper: bool,
+    /// Measures nothing and counts the kernels that the device executes for a step of a whole attention layer, and for a
+    /// token of a whole decoder.
+    #[arg(long, conflicts_with = "paper")]
+    kernels: bool,
 }
 
 /// Name, layout, tokens of a slot.
@@ -215,6 +222,10 @@ fn measure(name: &str, step: &Step, device: &WgpuDevice) {
 
 fn main() {
     let arguments = Arguments::parse();
+    if arguments.kernels {
+        kernels::count(&arguments.tokens, &arguments.rows);
+        return;
+    }
     let device = WgpuDevice::default();
     if !arguments.paper {
         cube::require_kernel(true);
