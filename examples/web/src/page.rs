@@ -65,6 +65,9 @@ pub struct PageModel(Box<dyn AnyWriter>);
 #[wasm_bindgen]
 impl PageModel {
     /// Reads a model; on the GPU after [`use_gpu`].
+    ///
+    /// # Errors
+    /// As [`Writer::new`].
     #[wasm_bindgen(constructor)]
     pub fn new(
         gpu: bool,
@@ -85,17 +88,26 @@ impl PageModel {
     }
 
     /// What kind of model it is, as JSON of a [`Description`].
+    ///
+    /// # Errors
+    /// None that is known of: its numbers are finite.
     pub fn description(&self) -> Result<String, JsError> {
         json(self.0.description())
     }
 
     /// Begins a text; `options` is the JSON of [`Options`].
+    ///
+    /// # Errors
+    /// As [`Writer::start`], and if the options cannot be understood.
     pub fn start(&mut self, prompt: &str, options: &str) -> Result<(), JsError> {
         let options: Options = serde_json::from_str(options)?;
         Ok(self.0.start(prompt, &options)?)
     }
 
     /// Writes one token: the JSON of a [`Step`], or `null` if the text is over.
+    ///
+    /// # Errors
+    /// As [`Writer::advance`].
     pub async fn advance(&mut self) -> Result<String, JsError> {
         json(&self.0.advance().await?)
     }
@@ -107,6 +119,9 @@ impl PageModel {
 }
 
 /// Compares the GPU, which has to be in use, with the CPU: the JSON of a list of [`Checked`](crate::check::Checked).
+///
+/// # Errors
+/// As [`check`].
 #[wasm_bindgen]
 pub async fn check_kernel(seed: u32) -> Result<String, JsError> {
     json(&check::<Wgpu>(seed.into(), &WgpuDevice::default()).await?)
