@@ -64,10 +64,13 @@ async function load({ model: name, backend: wanted }) {
     tell("ready", { backend, model: name, description: JSON.parse(model.description()) });
 }
 
-/** Lets the driver compile the kernels before somebody waits for them: a prompt, and a few steps. */
+/** Lets the driver compile the kernels before somebody waits for them: a prompt of the usual length, and a few steps. */
 async function warmUp() {
     const options = { max_new_tokens: 3, temperature: 1, top_p: 1, seed: 0, observe: true };
-    model.start("One day Ada was in the tower. Tom was in the mill. Tom had a key.", JSON.stringify(options));
+    const prompt =
+        "One day Ada was in the tower. Tom was in the mill. Tom had a key. Tom carried the key from the mill to the tower. " +
+        "Ada was still in the tower.\nWhere is the key?";
+    model.start(prompt, JSON.stringify(options));
     while (JSON.parse(await model.advance())) {}
 }
 
