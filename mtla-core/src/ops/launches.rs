@@ -19,9 +19,11 @@ pub enum LaunchKind {
     CubeDecodeCombine,
     /// `attend` of those backends.
     CubeAttend,
+    /// Steps on copies, to measure plans of `decode` with the feature `autotune`; not among those above.
+    CubeDecodeTrial,
 }
 
-static COUNTS: [AtomicU64; 7] = [const { AtomicU64::new(0) }; 7];
+static COUNTS: [AtomicU64; 8] = [const { AtomicU64::new(0) }; 8];
 
 #[cfg(any(feature = "flex", feature = "cube"))]
 pub(super) fn count(kind: LaunchKind) {

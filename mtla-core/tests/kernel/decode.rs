@@ -1,5 +1,8 @@
 //! Decoding. Everything of a pool that no row holds is NaN.
 
+#[cfg(feature = "autotune")]
+mod tune;
+
 use std::{ops::Range, time::Instant};
 
 use burn::tensor::{DType, Distribution, Int, Tensor, TensorData, Tolerance, backend::Backend};
@@ -375,6 +378,7 @@ const CLOSE: [f64; 2] = [1e-5, 1e-6];
 const ROUNDED: [f64; 2] = [2e-3, 5e-4];
 
 #[test]
+#[cfg_attr(feature = "autotune", ignore = "measures every case")]
 fn decode_is_the_plain_one() {
     let _alone = alone();
     let [in_parts, _] = compare::<WgpuBare>("bare", 0..220, &SMALL, F32, CLOSE);
@@ -386,6 +390,7 @@ fn decode_is_the_plain_one() {
 
 /// Vulkan on the CPU has planes of 8 units, and CubeCL does not report planes of CPUs.
 #[test]
+#[cfg_attr(feature = "autotune", ignore = "measures every case")]
 fn with_and_without_planes_as_well() {
     let _alone = alone();
     cube::use_planes(Planes::Never);
@@ -402,6 +407,7 @@ fn with_and_without_planes_as_well() {
 }
 
 #[test]
+#[cfg_attr(feature = "autotune", ignore = "measures every case")]
 fn under_fusion_and_autodiff_as_well() {
     let _alone = alone();
     compare::<Wgpu>("fusion", 0..60, &SMALL, F32, CLOSE);
@@ -410,6 +416,7 @@ fn under_fusion_and_autodiff_as_well() {
 }
 
 #[test]
+#[cfg_attr(feature = "autotune", ignore = "measures every case")]
 fn half_precision_is_rounded_once() {
     let _alone = alone();
     if !WgpuBare::supports_dtype(&WgpuDevice::default(), DType::F16) {
@@ -422,21 +429,25 @@ fn half_precision_is_rounded_once() {
     compare::<WgpuBare>("f16 pool", 130..150, &SMALL, pool, ROUNDED);
 }
 
+/// Which memory a pool has, wherever on the device that is now.
+fn memory(pool: &Tensor<WgpuBare, 2>) -> (String, Option<u64>) {
+    let pool = pool.clone().into_primitive().tensor();
+    let memory = format!("{:?}", pool.handle.memory);
+    let (id, _) = memory.split_once("location").expect("its debug form");
+    (id.to_owned(), pool.handle.offset_start)
+}
+
 /// A pool that nobody else holds keeps its place in memory, and one that somebody holds does not.
 #[test]
 fn a_pool_of_ones_own_is_written_in_place() {
-    fn place(pool: &Tensor<WgpuBare, 2>) -> String {
-        let pool = pool.clone().into_primitive().tensor();
-        format!("{:?}", (pool.handle.memory, pool.handle.offset_start))
-    }
     let _alone = alone();
     let case = Case::new(7, &SMALL);
     for shared in [false, true] {
         let operands = case.operands::<WgpuBare>(&WgpuDevice::default(), F32);
-        let before = place(&operands.pool);
+        let before = memory(&operands.pool);
         let held = shared.then(|| operands.pool.clone());
         let (_, pool) = WgpuBare::decode(operands, &case.problem);
-        assert_eq!(place(&pool) != before, shared);
+        assert_eq!(memory(&pool) != before, shared);
         drop(held);
     }
 }
@@ -705,6 +716,7 @@ fn threads_do_not_disturb_each_other() {
 
 /// Every variant decodes by the kernel, with at most two launches a layer and step, as it computes whole sequences.
 #[test]
+#[cfg_attr(feature = "autotune", ignore = "measures products of Burn's")]
 fn layers_decode_with_the_kernel() {
     let _alone = alone();
     let device = WgpuDevice::default();

@@ -20,8 +20,27 @@ pub(crate) fn alone() -> std::sync::MutexGuard<'static, ()> {
     let guard = ALONE
         .lock()
         .unwrap_or_else(std::sync::PoisonError::into_inner);
+    #[cfg(feature = "autotune")]
+    forget_measurements();
     cube::require_kernel(true);
     cube::poison_outputs(true);
     cube::use_planes(Planes::Reported);
     guard
+}
+
+/// What earlier runs measured is not taken, once for the whole process and before it measures.
+#[cfg(feature = "autotune")]
+fn forget_measurements() {
+    use burn_cubecl::cubecl::config::{CubeClRuntimeConfig, RuntimeConfig, cache::CacheConfig};
+
+    static FORGOTTEN: std::sync::Once = std::sync::Once::new();
+    FORGOTTEN.call_once(|| {
+        let folder = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("kernel-autotune");
+        if folder.exists() {
+            std::fs::remove_dir_all(&folder).expect("a folder of this test's own");
+        }
+        let mut config = CubeClRuntimeConfig::default();
+        config.autotune.cache = CacheConfig::File(folder);
+        CubeClRuntimeConfig::set(config);
+    });
 }

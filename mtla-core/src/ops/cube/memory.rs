@@ -17,8 +17,13 @@ pub(super) fn own<R: CubeRuntime>(x: CubeTensor<R>) -> CubeTensor<R> {
     if x.can_mut() && x.is_nonoverlapping() {
         x
     } else {
-        into_contiguous(x.copy())
+        copy(&x)
     }
+}
+
+/// Its numbers elsewhere, rows one after the other.
+pub(super) fn copy<R: CubeRuntime>(x: &CubeTensor<R>) -> CubeTensor<R> {
+    into_contiguous(x.copy())
 }
 
 static POISON: AtomicBool = AtomicBool::new(false);

@@ -3,6 +3,7 @@
 //! * `kernel.rs` is the kernel, `combine.rs` the one after it where rows have several parts;
 //! * `plan.rs` chooses sizes from problem and device, and knows what cannot run;
 //! * `launch.rs` makes room for results and launches;
+//! * `tune.rs`, with the feature `autotune`, measures other plans as well and takes the fastest;
 //! * `fusion.rs` is the same under Burn's fusion.
 
 mod combine;
@@ -10,6 +11,8 @@ mod fusion;
 mod kernel;
 mod launch;
 mod plan;
+#[cfg(all(feature = "autotune", not(target_family = "wasm")))]
+mod tune;
 
 use burn::tensor::{Tensor, TensorPrimitive, backend::Backend};
 use burn_cubecl::{BoolElement, CubeBackend, CubeRuntime, FloatElement, IntElement};
@@ -19,7 +22,13 @@ use super::{
     fallback::{self, KernelError, Unavailable},
 };
 use launch::launch;
-use plan::{DecodePlan, Types};
+use plan::Types;
+#[cfg(all(feature = "autotune", not(target_family = "wasm")))]
+use tune::Plans;
+
+/// No other plan than the reckoned one.
+#[cfg(not(all(feature = "autotune", not(target_family = "wasm"))))]
+type Plans = plan::DecodePlan;
 
 pub(in super::super) use fusion::decode as decode_fused;
 
@@ -104,7 +113,7 @@ where
 fn plan<R: CubeRuntime, B: Backend<Device = R::Device>>(
     operands: &DecodeOperands<B>,
     problem: &DecodeProblem,
-) -> Result<DecodePlan, Unavailable> {
+) -> Result<Plans, Unavailable> {
     let types = Types {
         float: operands.q.dtype(),
         row: operands.row.dtype(),
@@ -115,7 +124,7 @@ fn plan<R: CubeRuntime, B: Backend<Device = R::Device>>(
     };
     let layout = operands.rotary.as_ref().map(|rotary| rotary.layout);
     let client = R::client(&operands.q.device());
-    DecodePlan::new(problem, layout, types, client.properties())
+    Plans::new(problem, layout, types, client.properties())
 }
 
 /// Where there is no plan, the plain form is to run, and that has been said.
@@ -125,7 +134,7 @@ fn plan<R: CubeRuntime, B: Backend<Device = R::Device>>(
 fn plan_or_fall_back<R: CubeRuntime, B: Backend<Device = R::Device>>(
     operands: &DecodeOperands<B>,
     problem: &DecodeProblem,
-) -> Option<DecodePlan> {
+) -> Option<Plans> {
     operands.check(problem);
     plan::<R, _>(operands, problem)
         .inspect_err(|reason| fallback::fall_back("decode", reason))
@@ -134,7 +143,7 @@ fn plan_or_fall_back<R: CubeRuntime, B: Backend<Device = R::Device>>(
 
 fn run<R, F, I, BT>(
     operands: DecodeOperands<CubeBackend<R, F, I, BT>>,
-    plan: &DecodePlan,
+    plan: &Plans,
 ) -> Decoded<CubeBackend<R, F, I, BT>>
 where
     R: CubeRuntime,

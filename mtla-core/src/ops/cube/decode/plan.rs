@@ -33,6 +33,17 @@ const TEAMS: [usize; 7] = [2, 3, 4, 5, 6, 8, 10];
 /// Sums that a unit keeps for a team, at most: with more, few cubes find room on a multiprocessor.
 const TEAM_SUMS: usize = SUMS / 2;
 
+/// What [`DecodePlan::variants`] are called.
+#[cfg(all(feature = "autotune", not(target_family = "wasm")))]
+pub(super) const VARIANTS: [&str; 6] = [
+    "reckoned",
+    "half-tile",
+    "double-tile",
+    "half-parts",
+    "double-parts",
+    "other-team",
+];
+
 /// Sizes that the kernel is compiled for. All widths are in vectors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Shape {
@@ -163,35 +174,111 @@ impl DecodePlan {
             widths.push(layout.rotated().len() / 2);
         }
         let vector = vector(&widths, bytes, device);
-        let turn = rotary.map(|rotary| Turn::new(layout.rotated(), rotary, vector));
-        let shape =
-            |team| shape(problem, team, types, vector, device).map(|shape| Shape { turn, ..shape });
-        let alone = shape(1)?;
-        let larger = TEAMS
-            .into_iter()
-            .filter(|team| *team <= rows && problem.common.iter().any(|n| *n > 0))
-            .filter_map(|team| shape(team).ok())
-            .filter(|shape| shape.sums() <= TEAM_SUMS);
-        let with_tiles = |shape| {
-            let tiles = tiles(problem, &shape);
-            (work(rows, &shape, tiles), shape, tiles)
-        };
-        let alone = with_tiles(alone);
-        // A tenth less, or it is not worth it.
-        let (_, mut shape, tiles) = larger
-            .map(with_tiles)
-            .filter(|(work, ..)| work * 10 < alone.0 * 9)
-            .min_by_key(|(work, ..)| *work)
-            .unwrap_or(alone);
-        let multiprocessors = device.hardware.num_streaming_multiprocessors;
-        let cubes = CUBES * multiprocessors.map_or(MULTIPROCESSORS, |n| n as usize);
-        let teams = rows.div_ceil(shape.team);
-        let most = (tiles[0] + shape.team * tiles[1]).div_ceil(TILES);
-        let parts = (cubes / (teams * kv_heads)).clamp(1, most);
-        shape.parts = parts > 1;
-        Ok(Self {
-            shape,
+        let frame = Frame {
+            problem,
             types,
+            vector,
+            turn: rotary.map(|rotary| Turn::new(layout.rotated(), rotary, vector)),
+            device,
+        };
+        let alone = frame.plan(1, TILE, SHARED_MEMORY)?;
+        // A tenth less, or it is not worth it.
+        let team = frame
+            .team()
+            .filter(|team| team.work() * 10 < alone.work() * 9);
+        Ok(team.unwrap_or(alone))
+    }
+
+    /// Plans of the same step that a device may like better, this one first. It stands in for those that are not to
+    /// be had: with half and twice the tile, the latter in twice the memory if need be, half and twice the parts, and
+    /// with a team where it has none or the reverse.
+    #[cfg(all(feature = "autotune", not(target_family = "wasm")))]
+    pub(super) fn variants(
+        self,
+        problem: &DecodeProblem,
+        device: &DeviceProperties,
+    ) -> [Self; VARIANTS.len()] {
+        let Shape {
+            team,
+            tile,
+            vector,
+            turn,
+            ..
+        } = self.shape;
+        let frame = Frame {
+            problem,
+            types: self.types,
+            vector,
+            turn,
+            device,
+        };
+        let with_tile = |tile: usize, memory| {
+            let plan = frame.plan(team, tile.max(1), memory);
+            plan.unwrap_or(self)
+        };
+        let most = self.tiles[0] + team * self.tiles[1];
+        let most = most.min(device.hardware.max_cube_count.0 as usize);
+        let with_parts = |parts: usize| {
+            let parts = parts.clamp(1, most);
+            let shape = Shape {
+                parts: parts > 1,
+                ..self.shape
+            };
+            Self {
+                shape,
+                parts,
+                ..self
+            }
+        };
+        let other = if team > 1 {
+            frame.plan(1, TILE, SHARED_MEMORY).ok()
+        } else {
+            frame.team()
+        };
+        [
+            self,
+            with_tile(tile / 2, SHARED_MEMORY),
+            with_tile(2 * tile, 2 * SHARED_MEMORY),
+            with_parts(self.parts / 2),
+            with_parts(2 * self.parts),
+            other.unwrap_or(self),
+        ]
+    }
+
+    /// About how long all teams take: loading a slot costs as much as comparing it with the queries of two rows.
+    fn work(&self) -> usize {
+        let Shape { team, tile, .. } = self.shape;
+        let [shared, own] = self.tiles;
+        self.teams * tile * (shared * (2 + team) + own * team * 3)
+    }
+}
+
+/// What all plans of a step have in common.
+#[derive(Clone, Copy)]
+struct Frame<'a> {
+    problem: &'a DecodeProblem,
+    types: Types,
+    vector: usize,
+    turn: Option<Turn>,
+    device: &'a DeviceProperties,
+}
+
+impl Frame<'_> {
+    /// Of these sizes at most, as [`shape`] has them.
+    fn plan(&self, team: usize, tile: usize, memory: usize) -> Result<DecodePlan, Unavailable> {
+        let problem = self.problem;
+        let mut shape = shape(self, team, tile, memory)?;
+        let tiles = tiles(problem, &shape);
+        let multiprocessors = self.device.hardware.num_streaming_multiprocessors;
+        let cubes = CUBES * multiprocessors.map_or(MULTIPROCESSORS, |n| n as usize);
+        let rows = problem.starts.len();
+        let teams = rows.div_ceil(team);
+        let most = (tiles[0] + team * tiles[1]).div_ceil(TILES);
+        let parts = (cubes / (teams * shape.kv_heads)).clamp(1, most);
+        shape.parts = parts > 1;
+        Ok(DecodePlan {
+            shape,
+            types: self.types,
             rows,
             teams,
             parts,
@@ -199,6 +286,17 @@ impl DecodePlan {
             stride: problem.stride as u32,
             scale: problem.scale as f32,
         })
+    }
+
+    /// The quickest of the plans with several rows a team, where rows share slots.
+    fn team(&self) -> Option<DecodePlan> {
+        let (rows, common) = (self.problem.starts.len(), &self.problem.common);
+        TEAMS
+            .into_iter()
+            .filter(|team| *team <= rows && common.iter().any(|n| *n > 0))
+            .filter_map(|team| self.plan(team, TILE, SHARED_MEMORY).ok())
+            .filter(|plan| plan.shape.sums() <= TEAM_SUMS)
+            .min_by_key(DecodePlan::work)
     }
 }
 
@@ -214,12 +312,6 @@ fn tiles(problem: &DecodeProblem, shape: &Shape) -> [usize; 2] {
         own = own.max((longest - of_all).div_ceil(shape.tile));
     }
     [shared, own]
-}
-
-/// About how long all teams take: loading a slot costs as much as comparing it with the queries of two rows.
-fn work(rows: usize, shape: &Shape, [shared, own]: [usize; 2]) -> usize {
-    let team = shape.team;
-    rows.div_ceil(team) * shape.tile * (shared * (2 + team) + own * team * 3)
 }
 
 fn check_types(types: Types, device: &DeviceProperties) -> Result<(), Unavailable> {
@@ -241,16 +333,12 @@ fn check_types(types: Types, device: &DeviceProperties) -> Result<(), Unavailabl
     }
 }
 
-fn shape(
-    problem: &DecodeProblem,
-    team: usize,
-    types: Types,
-    vector: usize,
-    device: &DeviceProperties,
-) -> Result<Shape, Unavailable> {
-    let (layout, hardware) = (problem.layout, &device.hardware);
+/// Sizes for this many rows a team, and at most this many slots a tile and bytes of shared memory.
+fn shape(frame: &Frame, team: usize, mut tile: usize, memory: usize) -> Result<Shape, Unavailable> {
+    let (layout, vector) = (frame.problem.layout, frame.vector);
+    let hardware = &frame.device.hardware;
     let kv_heads = layout.kv_heads();
-    let heads = problem.heads / kv_heads;
+    let heads = frame.problem.heads / kv_heads;
     let [key_width, value_width, slot_width] =
         [layout.key_width(), layout.value_width(), layout.width()].map(|width| width / vector);
     let (tile_width, values_at) = match layout {
@@ -274,8 +362,8 @@ fn shape(
         return Err(Unavailable::Sums { sums, limit: SUMS });
     }
 
-    let available = SHARED_MEMORY.min(hardware.max_shared_memory_size);
-    let plane = plane_size(device);
+    let available = memory.min(hardware.max_shared_memory_size);
+    let plane = plane_size(frame.device);
     let with_tile = |tile: usize| {
         let block = BLOCK.min(tile);
         let tasks = queries * tile / block;
@@ -286,10 +374,9 @@ fn shape(
         let lanes = if planes { lanes } else { lanes.max(block) };
         let scratch = if planes { units } else { block * units };
         let floats = scratch + 2 * queries * tile + 2 * queries + team;
-        let bytes = 4 * floats + tile * tile_width * vector * types.pool.size();
+        let bytes = 4 * floats + tile * tile_width * vector * frame.types.pool.size();
         (block, lanes, planes, scratch, bytes)
     };
-    let mut tile = TILE;
     while tile > 1 && with_tile(tile).4 > available {
         tile /= 2;
     }
@@ -307,8 +394,8 @@ fn shape(
         slot_width,
         tile_width,
         values_at,
-        turn: None,
-        gated: types.gates.is_some() && matches!(layout, SlotLayout::Latent { .. }),
+        turn: frame.turn,
+        gated: frame.types.gates.is_some() && matches!(layout, SlotLayout::Latent { .. }),
         units,
         tile,
         block,
@@ -382,6 +469,28 @@ mod tests {
         }
     }
 
+    /// A plan, and those that are measured beside it.
+    fn plans(problem: &DecodeProblem, device: &DeviceProperties) -> Vec<DecodePlan> {
+        let plan = DecodePlan::new(problem, None, TYPES, device).unwrap();
+        #[cfg(all(feature = "autotune", not(target_family = "wasm")))]
+        return plan.variants(problem, device).to_vec();
+        #[cfg(not(all(feature = "autotune", not(target_family = "wasm"))))]
+        vec![plan]
+    }
+
+    fn assert_is_inside_the_limits_of_webgpu(plan: &DecodePlan) {
+        let s = plan.shape;
+        let floats = s.scratch + 2 * s.queries() * (s.tile + 1) + s.team;
+        let floats = floats + s.tile * s.tile_width * s.vector;
+        assert!(4 * floats <= 16 * 1024, "{s:?}");
+        assert!(s.units <= 256 && s.units.is_power_of_two());
+        assert!(s.tile.is_multiple_of(s.block) && s.units.is_multiple_of(s.lanes));
+        assert!(s.planes && s.lanes <= 32 || s.scratch >= s.block * s.units);
+        assert!(s.sum_queries * s.sum_groups >= s.queries());
+        assert!(s.sum_vectors * s.sum_columns >= s.value_width);
+        assert!((1..=1000).contains(&plan.parts) && s.parts == (plan.parts > 1));
+    }
+
     #[test]
     fn plans_are_inside_the_limits_of_webgpu() {
         let mut device = webgpu();
@@ -407,17 +516,9 @@ mod tests {
                     ];
                     for layout in layouts {
                         let problem = problem(layout, heads, 3, 1000);
-                        let plan = DecodePlan::new(&problem, None, TYPES, &device).unwrap();
-                        let s = plan.shape;
-                        let floats = s.scratch + 2 * s.queries() * (s.tile + 1) + s.team;
-                        let floats = floats + s.tile * s.tile_width * s.vector;
-                        assert!(4 * floats <= 16 * 1024, "{s:?}");
-                        assert!(s.units <= 256 && s.units.is_power_of_two());
-                        assert!(s.tile.is_multiple_of(s.block) && s.units.is_multiple_of(s.lanes));
-                        assert!(s.planes && s.lanes <= 32 || s.scratch >= s.block * s.units);
-                        assert!(s.sum_queries * s.sum_groups >= s.queries());
-                        assert!(s.sum_vectors * s.sum_columns >= s.value_width);
-                        assert!(plan.parts <= 1000);
+                        plans(&problem, &device)
+                            .iter()
+                            .for_each(assert_is_inside_the_limits_of_webgpu);
                     }
                 }
             }
@@ -469,6 +570,45 @@ mod tests {
             assert_eq!(plan(little, 230).shape.team, 1);
             assert_eq!(plan(little, 230).tiles[0], 0);
         }
+    }
+
+    #[cfg(all(feature = "autotune", not(target_family = "wasm")))]
+    #[test]
+    fn variants_depart_from_the_reckoned_plan_in_one_size() {
+        let layout = SlotLayout::Latent {
+            rank: 64,
+            rope_dim: 0,
+        };
+        let mut device = webgpu();
+        device.hardware.max_shared_memory_size = 32 * 1024;
+        let beams = DecodeProblem {
+            common: [&[0][..], &[9_000; 7]].concat(),
+            ..problem(layout, 8, 8, 10_000)
+        };
+        let all: [DecodePlan; 6] = plans(&beams, &device).try_into().unwrap();
+        let [
+            plan,
+            half_tile,
+            double_tile,
+            half_parts,
+            double_parts,
+            other_team,
+        ] = all;
+        let Shape { team, tile, .. } = plan.shape;
+        assert!(team > 1 && other_team.shape.team == 1);
+        assert_eq!(
+            [half_tile, double_tile].map(|p| p.shape.tile),
+            [tile / 2, 2 * tile]
+        );
+        assert_eq!([half_tile, double_tile].map(|p| p.shape.team), [team; 2]);
+        assert_eq!(half_parts.parts, plan.parts / 2);
+        assert_eq!(double_parts.parts, 2 * plan.parts);
+        // One row of one slot leaves nothing to divide, and no other row to read with.
+        let [plan, _, _, half_parts, double_parts, other_team] =
+            plans(&problem(layout, 8, 1, 1), &device)
+                .try_into()
+                .unwrap();
+        assert_eq!([half_parts, double_parts, other_team], [plan; 3]);
     }
 
     #[test]
