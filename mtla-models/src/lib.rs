@@ -1,6 +1,7 @@
 //! Language models over any attention variant of [`mtla_core`], and generation from them.
 //!
-//! * [`decoder`]: a decoder-only transformer, from one configuration to trainable logits and cached steps;
+//! * [`decoder`]: a decoder-only transformer, from one configuration to trainable logits and cached steps, and with the
+//!   feature `store` from safetensors in memory;
 //! * [`llama`]: Llamas with any attention, and with the feature `files` their Hugging Face checkpoints, read and
 //!   written;
 //! * [`generate`]: greedy search, sampling and beam search over ragged batches of prompts that come and go,
