@@ -37,7 +37,7 @@ const launch = (more) => chromium.launch({ executablePath, args: [...ARGUMENTS, 
 async function open(browser, { query = "", expected = [], ...options } = {}) {
     const context = await browser.newContext({ viewport: { width: 1200, height: 1000 }, ...options });
     const page = await context.newPage();
-    page.setDefaultTimeout(120_000);
+    page.setDefaultTimeout(300_000);
     const errors = [];
     const note = (text) => expected.some((form) => form.test(text)) || errors.push(text);
     page.on("console", (message) => message.type() === "error" && note(message.text()));
@@ -189,8 +189,12 @@ const tests = {
         let answer = (route) => route.abort();
         await context.route("**/mtla/model.safetensors", (route) => answer(route));
         await go();
+        // What an earlier attempt has left is hidden.
         const says = (text) =>
-            page.waitForFunction((text) => document.querySelector("#notice-text").textContent.includes(text), text);
+            page.waitForFunction((text) => {
+                const notice = document.querySelector("#notice");
+                return !notice.hidden && notice.textContent.includes(text);
+            }, text);
         await says("could not be downloaded");
         await page.screenshot({ path: `${screenshots}/download.png` });
         answer = (route) => route.fulfill({ status: 500 });
