@@ -199,6 +199,7 @@ fn what_a_step_did_is_what_the_whole_sequence_does<B: AttentionBackend>(device: 
             if let (Some(prompt), Some(gates)) = (&prompt, seen.gates) {
                 let expected = values(prompt.clone().narrow(1, token, 1));
                 for (a, b) in values(gates).iter().zip(expected) {
+                    assert!(0.01 < *a && *a < 0.99, "gate {a}, {config:?}");
                     assert!((a - b).abs() < 1e-5, "{a} and {b}, {config:?}");
                 }
             }
