@@ -87,7 +87,7 @@ mod cube {
     use super::{
         AttendOperands, AttendProblem, AttentionBackend, DecodeOperands, DecodeProblem, Tensor,
     };
-    use crate::ops::cube;
+    use crate::ops::{HeadMatrices, cube};
 
     impl<R, F, I, BT> AttentionBackend for CubeBackend<R, F, I, BT>
     where
@@ -98,6 +98,14 @@ mod cube {
     {
         fn attend(operands: AttendOperands<Self>, problem: &AttendProblem) -> Tensor<Self, 4> {
             cube::attend(operands, problem)
+        }
+
+        fn product(a: Tensor<Self, 2>, b: Tensor<Self, 2>) -> Tensor<Self, 2> {
+            cube::product(a, b)
+        }
+
+        fn multiply_heads(x: Tensor<Self, 3>, matrices: HeadMatrices<Self>) -> Tensor<Self, 3> {
+            cube::multiply_heads(x, matrices)
         }
 
         fn decode(
@@ -117,6 +125,14 @@ mod cube {
     {
         fn attend(operands: AttendOperands<Self>, problem: &AttendProblem) -> Tensor<Self, 4> {
             cube::attend_fused(operands, problem)
+        }
+
+        fn product(a: Tensor<Self, 2>, b: Tensor<Self, 2>) -> Tensor<Self, 2> {
+            cube::product_fused(a, b)
+        }
+
+        fn multiply_heads(x: Tensor<Self, 3>, matrices: HeadMatrices<Self>) -> Tensor<Self, 3> {
+            cube::multiply_heads_fused(x, matrices)
         }
 
         fn decode(

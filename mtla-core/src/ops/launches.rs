@@ -21,9 +21,11 @@ pub enum LaunchKind {
     CubeAttend,
     /// Steps on copies, to measure plans of `decode` with the feature `autotune`; not among those above.
     CubeDecodeTrial,
+    /// Products of few rows on those backends, of `product` and of `multiply_heads`.
+    CubeProduct,
 }
 
-static COUNTS: [AtomicU64; 8] = [const { AtomicU64::new(0) }; 8];
+static COUNTS: [AtomicU64; 9] = [const { AtomicU64::new(0) }; 9];
 
 #[cfg(any(feature = "flex", feature = "cube"))]
 pub(super) fn count(kind: LaunchKind) {

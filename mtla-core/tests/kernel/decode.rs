@@ -15,7 +15,7 @@ use mtla_core::{
     cache::Cache,
     ops::{
         AttentionBackend, DecodeOperands, DecodeProblem, LaunchKind, ProblemError, SlotLayout,
-        cube::{self, KernelError, Planes, Unavailable},
+        cube::{self, DECODE_PLANS, KernelError, Planes, Unavailable},
         launches, plain,
     },
     rope::{RotaryConfig, RotaryLayout},
@@ -435,6 +435,36 @@ fn memory(pool: &Tensor<WgpuBare, 2>) -> (String, Option<u64>) {
     let memory = format!("{:?}", pool.handle.memory);
     let (id, _) = memory.split_once("location").expect("its debug form");
     (id.to_owned(), pool.handle.offset_start)
+}
+
+/// Every plan that the feature `autotune` may choose gives the same result.
+#[test]
+fn every_plan_is_the_plain_one() {
+    let _alone = alone();
+    let device = WgpuDevice::default();
+    let start = Instant::now();
+    let mut tried = [0; DECODE_PLANS.len()];
+    let mut worst = 0.0f64;
+    let seeds = (3000..3020).map(|seed| (seed, &SMALL));
+    for (seed, size) in seeds.chain((3100..3115).map(|seed| (seed, &BEAMS))) {
+        let case = Case::new(seed, size);
+        let expected = case.expected(F32);
+        for (number, name) in DECODE_PLANS.into_iter().enumerate() {
+            let operands = case.operands::<WgpuBare>(&device, F32);
+            let decoded = cube::try_decode_by(number, operands, &case.problem);
+            let Some(decoded) = decoded.expect("the reckoned plan fits") else {
+                continue;
+            };
+            let what = format!("{name}, seed {seed}: {:?}", case.problem);
+            worst = worst.max(assert_close(&found(decoded), &expected, CLOSE, &what));
+            tried[number] += 1;
+        }
+    }
+    println!(
+        "{DECODE_PLANS:?}: {tried:?} cases, largest error {worst:.1e}, {:.1?}",
+        start.elapsed()
+    );
+    assert!(tried.iter().all(|cases| *cases >= 10), "{tried:?}");
 }
 
 /// A pool that nobody else holds keeps its place in memory, and one that somebody holds does not.

@@ -9,6 +9,7 @@ mod common;
 
 mod attend;
 mod decode;
+mod product;
 
 use mtla_core::ops::cube::{self, Planes};
 

@@ -1,6 +1,7 @@
 //! The operations of attention as CubeCL kernels, for every backend that CubeCL compiles for.
 //!
-//! * `attend` is the attention of whole sequences, and `decode` a step of one token a row;
+//! * `attend` is the attention of whole sequences, `decode` a step of one token a row, and `product` is for what is
+//!   projected around a step;
 //! * `device.rs` is what kernels ask of a device, and `memory.rs` makes the tensors that they write to;
 //! * `fusion.rs` brings them under Burn's fusion, as custom operations;
 //! * `fallback.rs` is for when there is no kernel.
@@ -11,17 +12,19 @@ mod device;
 mod fallback;
 mod fusion;
 mod memory;
+mod product;
 
 use burn_cubecl::cubecl;
 use cubecl::prelude::*;
 
 pub use attend::try_attend;
 pub(super) use attend::{attend, attend_fused};
-pub use decode::{Decoded, try_decode};
+pub use decode::{DECODE_PLANS, Decoded, try_decode, try_decode_by};
 pub(super) use decode::{decode, decode_fused};
 pub use device::{Planes, use_planes};
 pub use fallback::{KernelError, Unavailable, require_kernel};
 pub use memory::poison_outputs;
+pub(super) use product::{multiply_heads, multiply_heads_fused, product, product_fused};
 
 /// Below any score, and finite.
 const LOWEST: f32 = -1e30;

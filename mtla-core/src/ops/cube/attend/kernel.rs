@@ -1,11 +1,11 @@
 //! The forward pass of attention: one cube for each row, key/value head and tile of queries.
 //!
-//! A tile has queries of all heads that share a key/value head, one after the other. A cube takes blocks of columns
-//! in, one at a time, and of these only what some query of its tile can see. Its 64 units stand in a square, and
+//! A tile has queries of all heads that share a key/value head, one after the other. A cube takes blocks of as many
+//! columns in, one at a time, and of these only what some query of its tile can see. Its 64 units stand in a square, and
 //! each computes a few scores, or sums, of every eighth query and every eighth column, or vector of channels:
 //!
 //! 1. *scores*: queries and keys are loaded a few channels at a time, and scores grow in registers;
-//! 2. *weights*: two units go over the scores of a query, against the largest that it has seen so far;
+//! 2. *weights*: a few units go over the scores of a query, against the largest that it has seen so far;
 //! 3. *sums*: values are loaded a few channels at a time, and added to sums that stay in registers to the end.
 //!
 //! What a query sees of its own running chunk comes before all columns. Everything is in 32 bits. Loops with barriers
@@ -24,18 +24,12 @@ use cubecl::prelude::*;
 
 use super::{
     super::{LOWEST, across},
-    plan::{CHUNK, COLUMNS, Own, QUERIES, SIDE, Shape, UNITS},
+    plan::{CHUNK, Own, SIDE, Shape, UNITS},
 };
 
 /// A line of a block in shared memory, in vectors: one more than there is, so that neighbours read from different
 /// banks.
 const LINE: usize = CHUNK + 1;
-/// The same of scores, in numbers.
-const SCORES: usize = COLUMNS + 1;
-/// Queries, columns and vectors of channels of a unit.
-const EACH: usize = QUERIES / SIDE;
-/// Units for the scores of a query.
-const PAIR: usize = UNITS / QUERIES;
 
 /// Where keys stand: column `c` is the last of `step` tokens `c · step ..`, and what query `i` sees of its own chunk is token
 /// `own + i`, after the row's offset if the keys are those of tokens.
@@ -74,54 +68,60 @@ pub(super) fn attend_kernel<F: Float, I: Int, N: Size>(
     #[comptime] shape: Shape,
     #[define(F, I)] _types: [StorageType; 2],
 ) {
+    // Of the tile: a line of scores, and units for the scores of a query.
+    let each = comptime!(shape.each);
+    let tile = comptime!(shape.tile());
+    let line_of_scores = comptime!(tile + 1);
+    let peers = comptime!(UNITS / tile);
+
     let unit = UNIT_POS as usize;
     let (x, y) = (unit % SIDE, unit / SIDE);
     let batch = CUBE_POS_Y as usize;
     let kv_head = CUBE_POS_Z as usize;
-    let begin = CUBE_POS_X as usize * QUERIES;
+    let begin = CUBE_POS_X as usize * tile;
     let queries = q.shape(2);
     let stride = stride as usize;
     let columns = places.columns as usize;
     let offset = usize::cast_from(rows[batch]);
 
-    let last = min((begin + (QUERIES - 1)) / shape.group, queries - 1);
+    let last = min((begin + (tile - 1)) / shape.group, queries - 1);
     let most = visible(last, places.furthest as usize, columns, stride, shape);
-    let blocks = most.div_ceil(COLUMNS);
+    let blocks = most.div_ceil(tile);
 
-    let mut left = SharedMemory::<Vector<f32, N>>::new(QUERIES * LINE);
-    let mut right = SharedMemory::<Vector<f32, N>>::new(COLUMNS * LINE);
-    let mut scores = SharedMemory::<f32>::new(QUERIES * SCORES);
+    let mut left = SharedMemory::<Vector<f32, N>>::new(comptime!(tile * LINE));
+    let mut right = SharedMemory::<Vector<f32, N>>::new(comptime!(tile * LINE));
+    let mut scores = SharedMemory::<f32>::new(comptime!(tile * line_of_scores));
     let mut scratch = SharedMemory::<f32>::new(UNITS);
     // Of each query: the largest score so far, the sum of its weights, what sums are to be multiplied by.
-    let mut largest = SharedMemory::<f32>::new(QUERIES);
-    let mut total = SharedMemory::<f32>::new(QUERIES);
-    let mut factor = SharedMemory::<f32>::new(QUERIES);
+    let mut largest = SharedMemory::<f32>::new(tile);
+    let mut total = SharedMemory::<f32>::new(tile);
+    let mut factor = SharedMemory::<f32>::new(tile);
 
-    // The query that the unit goes over the scores of, with its neighbour.
-    let mine = unit / PAIR;
-    let half = unit % PAIR;
+    // The query that the unit goes over the scores of, with its neighbours.
+    let mine = unit / peers;
+    let peer = unit % peers;
     let place = Place::new(begin + mine, kv_head, queries, shape);
     let seen = visible(place.query, offset, columns, stride, shape);
     let hash = row_hash(&place, batch, queries, kept.seed, shape);
 
-    let mut sums = Array::<Vector<f32, N>>::new(comptime!(EACH * shape.value_chunks()));
+    let mut sums = Array::<Vector<f32, N>>::new(comptime!(each * shape.value_chunks()));
     #[unroll]
-    for s in 0..comptime!(EACH * shape.value_chunks()) {
+    for s in 0..comptime!(each * shape.value_chunks()) {
         sums[s] = Vector::new(0.0);
     }
     if comptime!(shape.own != Own::None) {
         let token = own_token(place.query, offset, &places, k.shape(2), shape);
         let mut product = Vector::<f32, N>::new(0.0);
-        for channel in range_stepped(half, shape.key_width, PAIR) {
+        for channel in range_stepped(peer, shape.key_width, peers) {
             let query = Vector::<f32, N>::cast_from(q[query_at(q, &place, batch, channel)]);
             product += query * key(k, shared, batch, kv_head, token, channel, shape);
         }
         scratch[unit] = across(product);
         sync_cube();
-        if half == 0 {
+        if peer == 0 {
             let mut score = 0.0f32;
             #[unroll]
-            for other in 0..PAIR {
+            for other in 0..peers {
                 score += scratch[unit + other];
             }
             let sees = sees_itself(place.query, offset, stride, shape);
@@ -131,7 +131,7 @@ pub(super) fn attend_kernel<F: Float, I: Int, N: Size>(
         }
         sync_cube();
         #[unroll]
-        for i in 0..EACH {
+        for i in 0..each {
             let local = y + comptime!(i * SIDE);
             let place = Place::new(begin + local, kv_head, queries, shape);
             let token = own_token(place.query, offset, &places, k.shape(2), shape);
@@ -142,25 +142,25 @@ pub(super) fn attend_kernel<F: Float, I: Int, N: Size>(
                     comptime!(shape.value_width - 1),
                 );
                 let value = Vector::<f32, N>::cast_from(v[at(v, batch, kv_head, token, channel)]);
-                sums[comptime!(chunk * EACH + i)] = value * Vector::new(factor[local]);
+                sums[comptime!(chunk * each + i)] = value * Vector::new(factor[local]);
             }
         }
-    } else if half == 0 {
+    } else if peer == 0 {
         largest[mine] = LOWEST;
         total[mine] = 0.0;
     }
     sync_cube();
 
     for block in 0..blocks {
-        let column = block * COLUMNS;
+        let column = block * tile;
 
-        let mut products = Array::<Vector<f32, N>>::new(comptime!(EACH * EACH));
+        let mut products = Array::<Vector<f32, N>>::new(comptime!(each * each));
         #[unroll]
-        for p in 0..comptime!(EACH * EACH) {
+        for p in 0..comptime!(each * each) {
             products[p] = Vector::new(0.0);
         }
         for chunk in 0..comptime!(shape.key_width.div_ceil(CHUNK)) {
-            for i in range_stepped(unit, comptime!(QUERIES * CHUNK), UNITS) {
+            for i in range_stepped(unit, comptime!(tile * CHUNK), UNITS) {
                 let (line, c) = (i / CHUNK, i % CHUNK);
                 let channel = chunk * CHUNK + c;
                 let mut query = Vector::<f32, N>::new(0.0);
@@ -178,63 +178,63 @@ pub(super) fn attend_kernel<F: Float, I: Int, N: Size>(
             }
             sync_cube();
             for c in 0..CHUNK {
-                let mut keys = Array::<Vector<f32, N>>::new(EACH);
+                let mut keys = Array::<Vector<f32, N>>::new(each);
                 #[unroll]
-                for j in 0..EACH {
+                for j in 0..each {
                     keys[j] = right[(x + comptime!(j * SIDE)) * LINE + c];
                 }
                 #[unroll]
-                for i in 0..EACH {
+                for i in 0..each {
                     let query = left[(y + comptime!(i * SIDE)) * LINE + c];
                     #[unroll]
-                    for j in 0..EACH {
-                        products[comptime!(i * EACH + j)] += query * keys[j];
+                    for j in 0..each {
+                        products[comptime!(i * each + j)] += query * keys[j];
                     }
                 }
             }
             sync_cube();
         }
         #[unroll]
-        for i in 0..EACH {
+        for i in 0..each {
             #[unroll]
-            for j in 0..EACH {
-                let place = (y + comptime!(i * SIDE)) * SCORES + x + comptime!(j * SIDE);
-                scores[place] = across(products[comptime!(i * EACH + j)]) * scale;
+            for j in 0..each {
+                let place = (y + comptime!(i * SIDE)) * line_of_scores + x + comptime!(j * SIDE);
+                scores[place] = across(products[comptime!(i * each + j)]) * scale;
             }
         }
         sync_cube();
 
         let before = largest[mine];
         let mut now = before;
-        for j in range_stepped(half, COLUMNS, PAIR) {
+        for j in range_stepped(peer, tile, peers) {
             if column + j < seen {
-                now = max(now, scores[mine * SCORES + j]);
+                now = max(now, scores[mine * line_of_scores + j]);
             }
         }
         scratch[unit] = now;
         sync_cube();
         #[unroll]
-        for other in 0..PAIR {
-            now = max(now, scratch[mine * PAIR + other]);
+        for other in 0..peers {
+            now = max(now, scratch[mine * peers + other]);
         }
         let mut weights = 0.0f32;
-        for j in range_stepped(half, COLUMNS, PAIR) {
+        for j in range_stepped(peer, tile, peers) {
             let mut weight = 0.0f32;
             if column + j < seen {
-                weight = (scores[mine * SCORES + j] - now).exp();
+                weight = (scores[mine * line_of_scores + j] - now).exp();
                 weights += weight;
                 weight *= dropped(hash, column + j, &kept, shape);
             }
-            scores[mine * SCORES + j] = weight;
+            scores[mine * line_of_scores + j] = weight;
         }
         sync_cube();
         scratch[unit] = weights;
         sync_cube();
-        if half == 0 {
+        if peer == 0 {
             let again = (before - now).exp();
             let mut sum = total[mine] * again;
             #[unroll]
-            for other in 0..PAIR {
+            for other in 0..peers {
                 sum += scratch[unit + other];
             }
             total[mine] = sum;
@@ -244,7 +244,7 @@ pub(super) fn attend_kernel<F: Float, I: Int, N: Size>(
 
         #[unroll]
         for chunk in 0..comptime!(shape.value_chunks()) {
-            for i in range_stepped(unit, comptime!(COLUMNS * CHUNK), UNITS) {
+            for i in range_stepped(unit, comptime!(tile * CHUNK), UNITS) {
                 let (line, c) = (i / CHUNK, i % CHUNK);
                 let channel = c + comptime!(chunk * CHUNK);
                 let mut value = Vector::<f32, N>::new(0.0);
@@ -256,15 +256,15 @@ pub(super) fn attend_kernel<F: Float, I: Int, N: Size>(
             }
             sync_cube();
             #[unroll]
-            for i in 0..EACH {
-                sums[comptime!(chunk * EACH + i)] *= Vector::new(factor[y + comptime!(i * SIDE)]);
+            for i in 0..each {
+                sums[comptime!(chunk * each + i)] *= Vector::new(factor[y + comptime!(i * SIDE)]);
             }
-            for line in 0..COLUMNS {
+            for line in 0..tile {
                 let value = right[line * LINE + x];
                 #[unroll]
-                for i in 0..EACH {
-                    let weight = scores[(y + comptime!(i * SIDE)) * SCORES + line];
-                    sums[comptime!(chunk * EACH + i)] += Vector::new(weight) * value;
+                for i in 0..each {
+                    let weight = scores[(y + comptime!(i * SIDE)) * line_of_scores + line];
+                    sums[comptime!(chunk * each + i)] += Vector::new(weight) * value;
                 }
             }
             sync_cube();
@@ -272,7 +272,7 @@ pub(super) fn attend_kernel<F: Float, I: Int, N: Size>(
     }
 
     #[unroll]
-    for i in 0..EACH {
+    for i in 0..each {
         let local = y + comptime!(i * SIDE);
         let place = Place::new(begin + local, kv_head, queries, shape);
         if place.exists {
@@ -284,7 +284,7 @@ pub(super) fn attend_kernel<F: Float, I: Int, N: Size>(
             for chunk in 0..comptime!(shape.value_chunks()) {
                 let channel = x + comptime!(chunk * CHUNK);
                 if channel < shape.value_width {
-                    let mean = sums[comptime!(chunk * EACH + i)] / Vector::new(total);
+                    let mean = sums[comptime!(chunk * each + i)] / Vector::new(total);
                     out[line * shape.value_width + channel] = Vector::cast_from(mean);
                 }
             }

@@ -10,9 +10,10 @@ use super::super::{
     fallback::Unavailable,
 };
 
-/// Queries of a tile, and columns of a block.
-pub(super) const QUERIES: usize = 32;
-pub(super) const COLUMNS: usize = QUERIES;
+/// Queries, and columns of a block, that a unit computes the scores of, at most.
+const EACH: usize = 4;
+/// Tiles of all queries of a head, at least, before tiles get larger: with fewer, most units of a device would wait.
+const TILES: usize = 4;
 /// The side of the square that the units of a cube stand in, and how many they are.
 pub(super) const SIDE: usize = 8;
 pub(super) const UNITS: usize = SIDE * SIDE;
@@ -42,6 +43,8 @@ pub(super) struct Shape {
     pub(super) key_width: usize,
     pub(super) head_width: usize,
     pub(super) value_width: usize,
+    /// Queries and columns of a unit.
+    pub(super) each: usize,
     /// Whether a query sees the chunks before it, and else as many columns as its row has.
     pub(super) causal: bool,
     pub(super) own: Own,
@@ -49,6 +52,11 @@ pub(super) struct Shape {
 }
 
 impl Shape {
+    /// Queries of a tile, and columns of a block.
+    pub(super) const fn tile(&self) -> usize {
+        self.each * SIDE
+    }
+
     pub(super) const fn value_chunks(&self) -> usize {
         self.value_width.div_ceil(CHUNK)
     }
@@ -84,7 +92,12 @@ impl AttendPlan {
         }
         let p = problem;
         let group = p.heads / p.kv_heads;
-        let tiles = (p.queries * group).div_ceil(QUERIES);
+        let queries = p.queries * group;
+        let mut each = EACH;
+        while each > 1 && queries < TILES * each * SIDE {
+            each /= 2;
+        }
+        let tiles = queries.div_ceil(each * SIDE);
         let cubes = [tiles, p.batch, p.kv_heads].map(|n| u32::try_from(n).unwrap_or(u32::MAX));
         let (most_tiles, most_rows, most_heads) = device.hardware.max_cube_count;
         let fits = cubes.iter().zip([most_tiles, most_rows, most_heads]);
@@ -106,11 +119,12 @@ impl AttendPlan {
             key_width,
             head_width,
             value_width,
+            each,
             causal,
             own,
             dropout: p.dropout.is_some(),
         };
-        let sums = QUERIES / SIDE * shape.value_chunks() * vector;
+        let sums = each * shape.value_chunks() * vector;
         if sums > SUMS {
             return Err(Unavailable::Sums { sums, limit: SUMS });
         }

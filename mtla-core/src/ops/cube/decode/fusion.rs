@@ -41,7 +41,7 @@ where
         inputs.len() - 1
     });
     let tensors = custom("mtla::decode", inputs, outputs, move |input| {
-        launch(places.map(input), &plan)
+        launch(places.map(input), &plan, |step| plan.run(step))
     });
     let [out, pool] = tensors.map(TensorPrimitive::Float);
     (Tensor::from_primitive(out), Tensor::from_primitive(pool))

@@ -9,7 +9,7 @@ use super::{
         super::{LaunchKind, launches},
         memory::{empty, own},
     },
-    Operands, Plans,
+    Operands,
     combine::combine_kernel,
     kernel::{TeamTilesLaunch, decode_kernel},
     plan::DecodePlan,
@@ -22,12 +22,12 @@ pub(super) struct Step<R: CubeRuntime> {
     pub(super) out: CubeTensor<R>,
 }
 
-/// The result `[rows, heads, value_width]`, and the pool, in place if nobody else holds it.
+/// The result `[rows, heads, value_width]`, and the pool, in place if nobody else holds it; `run` is given the step.
 pub(super) fn launch<R: CubeRuntime>(
     operands: Operands<CubeTensor<R>>,
-    plans: &Plans,
+    plan: &DecodePlan,
+    run: impl FnOnce(Step<R>),
 ) -> [CubeTensor<R>; 2] {
-    let plan: &DecodePlan = plans;
     let shape = plan.shape;
     let pool = own(into_contiguous(operands.pool));
     let dims = [
@@ -40,7 +40,7 @@ pub(super) fn launch<R: CubeRuntime>(
         pool: pool.clone(),
         ..operands
     };
-    plans.run(Step {
+    run(Step {
         operands,
         out: out.clone(),
     });

@@ -21,16 +21,17 @@ use super::{
     super::{DecodeOperands, DecodeProblem, plain},
     fallback::{self, KernelError, Unavailable},
 };
-use launch::launch;
-use plan::Types;
+use launch::{Step, launch};
+use plan::{DecodePlan, Types};
 #[cfg(all(feature = "autotune", not(target_family = "wasm")))]
 use tune::Plans;
 
 /// No other plan than the reckoned one.
 #[cfg(not(all(feature = "autotune", not(target_family = "wasm"))))]
-type Plans = plan::DecodePlan;
+type Plans = DecodePlan;
 
 pub(in super::super) use fusion::decode as decode_fused;
+pub use plan::DECODE_PLANS;
 
 /// The operands of a step as a backend has them.
 #[derive(Debug, Clone, Copy)]
@@ -91,7 +92,35 @@ where
 {
     operands.validate(problem)?;
     let plan = plan::<R, _>(&operands, problem)?;
-    Ok(run(operands, &plan))
+    Ok(run(operands, &plan, |step| plan.run(step)))
+}
+
+/// [`try_decode`] by the plan of this number in [`DECODE_PLANS`], to compare plans with each other. Nothing where it
+/// would be the same as one before it.
+///
+/// # Errors
+/// As [`try_decode`].
+///
+/// # Panics
+/// If there is no plan of that number.
+pub fn try_decode_by<R, F, I, BT>(
+    number: usize,
+    operands: DecodeOperands<CubeBackend<R, F, I, BT>>,
+    problem: &DecodeProblem,
+) -> Result<Option<Decoded<CubeBackend<R, F, I, BT>>>, KernelError>
+where
+    R: CubeRuntime,
+    F: FloatElement,
+    I: IntElement,
+    BT: BoolElement,
+{
+    operands.validate(problem)?;
+    let reckoned: &DecodePlan = &plan::<R, _>(&operands, problem)?;
+    let client = R::client(&operands.q.device());
+    let plans = reckoned.variants(problem, client.properties());
+    let plan = plans[number];
+    let is_new = !plans[..number].contains(&plan);
+    Ok(is_new.then(|| run(operands, &plan, |step| plan.run(step))))
 }
 
 pub(in super::super) fn decode<R, F, I, BT>(
@@ -105,7 +134,7 @@ where
     BT: BoolElement,
 {
     match plan_or_fall_back::<R, _>(&operands, problem) {
-        Some(plan) => run(operands, &plan),
+        Some(plan) => run(operands, &plan, |step| plan.run(step)),
         None => plain::decode(operands, problem),
     }
 }
@@ -143,7 +172,8 @@ fn plan_or_fall_back<R: CubeRuntime, B: Backend<Device = R::Device>>(
 
 fn run<R, F, I, BT>(
     operands: DecodeOperands<CubeBackend<R, F, I, BT>>,
-    plan: &Plans,
+    plan: &DecodePlan,
+    by: impl FnOnce(Step<R>),
 ) -> Decoded<CubeBackend<R, F, I, BT>>
 where
     R: CubeRuntime,
@@ -151,6 +181,6 @@ where
     I: IntElement,
     BT: BoolElement,
 {
-    let [out, pool] = launch(Operands::new(operands), plan).map(TensorPrimitive::Float);
+    let [out, pool] = launch(Operands::new(operands), plan, by).map(TensorPrimitive::Float);
     (Tensor::from_primitive(out), Tensor::from_primitive(pool))
 }

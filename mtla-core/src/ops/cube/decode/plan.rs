@@ -33,9 +33,9 @@ const TEAMS: [usize; 7] = [2, 3, 4, 5, 6, 8, 10];
 /// Sums that a unit keeps for a team, at most: with more, few cubes find room on a multiprocessor.
 const TEAM_SUMS: usize = SUMS / 2;
 
-/// What [`DecodePlan::variants`] are called.
-#[cfg(all(feature = "autotune", not(target_family = "wasm")))]
-pub(super) const VARIANTS: [&str; 6] = [
+/// What the plans are called that a step may be laid out by: the reckoned one, and those that the feature `autotune`
+/// measures beside it.
+pub const DECODE_PLANS: [&str; 6] = [
     "reckoned",
     "half-tile",
     "double-tile",
@@ -192,12 +192,11 @@ impl DecodePlan {
     /// Plans of the same step that a device may like better, this one first. It stands in for those that are not to
     /// be had: with half and twice the tile, the latter in twice the memory if need be, half and twice the parts, and
     /// with a team where it has none or the reverse.
-    #[cfg(all(feature = "autotune", not(target_family = "wasm")))]
     pub(super) fn variants(
         self,
         problem: &DecodeProblem,
         device: &DeviceProperties,
-    ) -> [Self; VARIANTS.len()] {
+    ) -> [Self; DECODE_PLANS.len()] {
         let Shape {
             team,
             tile,

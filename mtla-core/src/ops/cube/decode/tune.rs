@@ -18,7 +18,7 @@ use super::{
     },
     Operands,
     launch::Step,
-    plan::{DecodePlan, Types, VARIANTS},
+    plan::{DECODE_PLANS, DecodePlan, Types},
 };
 use crate::rope::RotaryLayout;
 
@@ -26,7 +26,7 @@ use crate::rope::RotaryLayout;
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Plans {
     key: Key,
-    all: [DecodePlan; VARIANTS.len()],
+    all: [DecodePlan; DECODE_PLANS.len()],
 }
 
 impl Plans {
@@ -51,8 +51,8 @@ impl Plans {
                 |run: &Run<R>| run.plans.key,
                 |_: &Key, run: &Run<R>| run.trial(),
             );
-            (0..VARIANTS.len()).fold(set, |set, i| {
-                set.with(Tunable::new(VARIANTS[i], move |run: Run<R>| run.by(i)))
+            (0..DECODE_PLANS.len()).fold(set, |set, i| {
+                set.with(Tunable::new(DECODE_PLANS[i], move |run: Run<R>| run.by(i)))
             })
         });
         let client = step.out.client.clone();
