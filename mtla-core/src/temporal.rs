@@ -18,6 +18,11 @@ use burn::{
     tensor::{DType, Tensor, TensorData, activation::sigmoid, backend::Backend},
 };
 
+use crate::{
+    linear::{multiply, project},
+    ops::AttentionBackend,
+};
+
 /// The hyper-network that gates latents (`fc_c`, `fc_p`: linear maps to `rank / 4` with bias).
 #[derive(Module, Debug)]
 pub struct TemporalGate<B: Backend> {
@@ -52,19 +57,21 @@ impl<B: Backend> TemporalGate<B> {
             .sum_dim(3);
         latents * sigmoid(logit)
     }
+}
 
+impl<B: AttentionBackend> TemporalGate<B> {
     /// The folded gate of chunks `0..chunks`: `[chunks, rank + 1]`, `g_t` then `β_t`.
     pub fn table(&self, chunks: usize) -> Tensor<B, 2> {
         let weight = self.fc_p.weight.val();
         let [rank, width] = weight.dims();
         let numbers: Vec<usize> = (0..chunks).collect();
         let code = chunk_encoding(&numbers, rank, weight.dtype(), &weight.device());
-        let code = self.fc_c.forward(code);
+        let code = project(&self.fc_c, code);
         let bias = match &self.fc_p.bias {
             Some(bias) => (code.clone() * bias.val().reshape([1, width])).sum_dim(1),
             None => code.clone().sum_dim(1).zeros_like(),
         };
-        Tensor::cat(vec![code.matmul(weight.transpose()), bias], 1)
+        Tensor::cat(vec![multiply(code, weight.transpose()), bias], 1)
     }
 }
 

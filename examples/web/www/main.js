@@ -90,11 +90,6 @@ const heard = {
         ui.progress.value = share;
     },
 
-    warming() {
-        ui.progress.hidden = true;
-        ui.status.textContent = "Preparing the GPU…";
-    },
-
     ready(message) {
         description = message.description;
         ui.progress.hidden = true;

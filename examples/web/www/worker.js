@@ -1,7 +1,7 @@
 // The model at work, away from the page: it never freezes.
 //
 // Takes {type: "load", model, backend}, {type: "write", prompt, options}, {type: "stop"} and {type: "check"}; tells of
-// "progress", "warming", "ready", "step", "done", "checked", "error" and "lost".
+// "progress", "ready", "step", "done", "checked", "error" and "lost".
 
 import init, * as program from "./mtla_web.js";
 import { DownloadError, files, list } from "./download.js";
@@ -11,6 +11,7 @@ let backend;
 let model;
 let stopped = false;
 let work = Promise.resolve();
+let waiting = 0; // tasks that are not begun
 
 const tell = (type, more = {}) => postMessage({ type, ...more });
 
@@ -57,21 +58,23 @@ async function load({ model: name, backend: wanted }) {
     model?.free();
     model = undefined;
     model = new program.PageModel(backend === "gpu", config, weights, tokenizer);
-    if (backend === "gpu") {
-        tell("warming");
-        await warmUp();
-    }
     tell("ready", { backend, model: name, description: JSON.parse(model.description()) });
+    if (backend === "gpu") await warmUp();
 }
 
-/** Lets the driver compile the kernels before somebody waits for them: a prompt of the usual length, and a few steps. */
+/**
+ * Lets the driver compile the kernels while there is nothing else to do, before somebody waits for them: a prompt of
+ * the usual length, and a few steps.
+ */
 async function warmUp() {
     const options = { max_new_tokens: 3, temperature: 1, top_p: 1, seed: 0, observe: true };
     const prompt =
         "One day Ada was in the tower. Tom was in the mill. Tom had a key. Tom carried the key from the mill to the tower. " +
         "Ada was still in the tower.\nWhere is the key?";
     model.start(prompt, JSON.stringify(options));
-    while (JSON.parse(await model.advance())) {}
+    do await messages();
+    while (!waiting && JSON.parse(await model.advance()));
+    model.stop();
 }
 
 async function write({ prompt, options }) {
@@ -116,8 +119,12 @@ self.onmessage = ({ data }) => {
         stopped = true;
         return;
     }
+    waiting++;
     work = work
-        .then(() => tasks[data.type](data))
+        .then(() => {
+            waiting--;
+            return tasks[data.type](data);
+        })
         .catch((error) => {
             const download = error instanceof DownloadError;
             // After a panic the program is in no state to go on.

@@ -211,9 +211,7 @@ impl<B: AttentionBackend> LayerPool<B> {
         }
         out
     }
-}
 
-impl<B: Backend> LayerPool<B> {
     /// The layer's folded gate table, long enough for chunk number `chunk`.
     pub(crate) fn gates(&mut self, gate: &TemporalGate<B>, chunk: usize) -> Tensor<B, 2> {
         let covers = |table: &&Tensor<B, 2>| table.dims()[0] > chunk;

@@ -207,7 +207,9 @@ impl<B: Backend> PrefillPlan<B> {
             self.longest()
         );
     }
+}
 
+impl<B: AttentionBackend> PrefillPlan<B> {
     /// Running states of latents `[rows · longest, rank]`: gated, merged inside chunks, going on from the
     /// open slots of `pool`.
     pub(crate) fn gate_and_merge(
@@ -233,9 +235,7 @@ impl<B: Backend> PrefillPlan<B> {
             .reshape([rows * grid.chunks * stride, rank])
             .select(0, grid.tokens.clone())
     }
-}
 
-impl<B: AttentionBackend> PrefillPlan<B> {
     /// Writes the touched slots, from the states of all new tokens `[rows · longest, width]`.
     pub(crate) fn write(&self, states: Tensor<B, 2>, pool: &mut LayerPool<B>) {
         let states = states.select(0, self.grid.write_tokens.clone()).detach();

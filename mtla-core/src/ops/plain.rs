@@ -344,10 +344,14 @@ pub fn decode<B: AttentionBackend>(
     let pool = B::write_slots(pool, current, to_dtype(row, pool_dtype));
 
     let (k, v) = slots_as_keys(pool.clone(), slots, q.dtype(), p);
-    let out =
-        slot_weights(q, k, chunk, p)
-            .matmul(v)
-            .reshape([rows, p.heads, p.layout.value_width()]);
+    let (g, dtype) = (p.layout.kv_heads(), q.dtype());
+    let q = q
+        .mul_scalar(p.scale)
+        .reshape([rows, g, p.heads / g, p.layout.key_width()]);
+    let weights = slot_weights(widen(q.matmul(k.swap_dims(2, 3))), chunk, p);
+    let out = to_dtype(weights, dtype)
+        .matmul(v)
+        .reshape([rows, p.heads, p.layout.value_width()]);
     (out, pool)
 }
 
@@ -406,33 +410,34 @@ pub fn decode_weights<B: AttentionBackend>(
         Some(rotary) => rotate_heads(q, rotary, p),
         None => q,
     };
-    let [rows, heads, _] = q.dims();
+    let ([rows, heads, _], dtype) = (q.dims(), q.dtype());
     let chunk = table.clone().narrow(1, 0, 1).div_scalar(p.stride as i64);
     let (k, _) = slots_as_keys(pool, table.narrow(1, 1, p.max_slots), q.dtype(), p);
-    slot_weights(q, k, chunk, p).reshape([rows, heads, p.max_slots])
+    let (g, width) = (p.layout.kv_heads(), p.layout.key_width());
+    // A product of every row for itself would be a kernel of its own for each number of slots.
+    let q = q.reshape([rows, g, heads / g, 1, width]);
+    let k = k.reshape([rows, g, 1, p.max_slots, width]);
+    let scores = (widen(q).mul_scalar(p.scale) * widen(k))
+        .sum_dim(4)
+        .reshape([rows, g, heads / g, p.max_slots]);
+    let weights = slot_weights(scores, chunk, p).reshape([rows, heads, p.max_slots]);
+    to_dtype(weights, dtype)
 }
 
-/// Weights `[rows, kv_heads, heads/kv_heads, max_slots]`.
+/// Weights `[rows, kv_heads, heads/kv_heads, max_slots]` of such scores, in 32 bits at least.
 fn slot_weights<B: Backend>(
-    q: Tensor<B, 3>,
-    k: Tensor<B, 4>,
+    scores: Tensor<B, 4>,
     chunk: Tensor<B, 2, Int>,
     p: &DecodeProblem,
 ) -> Tensor<B, 4> {
-    let ([rows, _, _], g) = (q.dims(), p.layout.kv_heads());
-    let hidden = Tensor::<B, 1, Int>::arange(0..p.max_slots as i64, &q.device())
+    let [rows, ..] = scores.dims();
+    let hidden = Tensor::<B, 1, Int>::arange(0..p.max_slots as i64, &scores.device())
         .reshape([1, p.max_slots])
         .expand([rows, p.max_slots])
-        .greater(chunk.expand([rows, p.max_slots]));
-    let q = q
-        .mul_scalar(p.scale)
-        .reshape([rows, g, p.heads / g, p.layout.key_width()]);
-    let dtype = q.dtype();
-    let scores = widen(q.matmul(k.swap_dims(2, 3)));
-    let hidden = hidden
+        .greater(chunk.expand([rows, p.max_slots]))
         .reshape([rows, 1, 1, p.max_slots])
         .expand(scores.shape());
-    to_dtype(softmax(scores.mask_fill(hidden, MASKED), 3), dtype)
+    softmax(scores.mask_fill(hidden, MASKED), 3)
 }
 
 /// Keys and values `[rows, kv_heads, max_slots, ..]` of the slots that a table `[rows, max_slots]` names.

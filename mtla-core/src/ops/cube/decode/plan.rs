@@ -18,8 +18,9 @@ const UNITS: usize = 256;
 /// Shared memory of a cube, at most, in bytes: WebGPU's default limit. Where there is more, more cubes share a
 /// multiprocessor.
 const SHARED_MEMORY: usize = 16 * 1024;
-/// Slots of a tile, at most, and slots that a unit compares at a time.
-const TILE: usize = 32;
+/// Slots of a tile, at most. Browsers clear shared memory before every launch, so there it is to be little.
+const TILE: usize = if cfg!(target_family = "wasm") { 8 } else { 32 };
+/// Slots that a unit compares at a time.
 const BLOCK: usize = 4;
 /// Units that share a comparison, at least: neighbours then read neighbouring channels, from different banks.
 const LANES: usize = 8;

@@ -88,28 +88,27 @@ pub(super) fn product_kernel<F: Float, X: Size, N: Size, O: Size>(
             }
         }
     }
-    let mut partial = SharedMemory::<Vector<f32, N>>::new(comptime!(shape.rows * shape.units));
+
+    // One row after the other in the same memory, of which a cube then needs little.
+    let mut partial = SharedMemory::<Vector<f32, N>>::new(shape.units);
+    let all = out.len() / (rows * heads);
     #[unroll]
     for r in 0..shape.rows {
-        partial[unit + comptime!(r * shape.units)] = sums[r];
-    }
-    sync_cube();
-
-    let all = out.len() / (rows * heads);
-    for i in range_stepped(unit, comptime!(shape.rows * shape.columns), shape.units) {
-        let (r, mine) = (i / shape.columns, i % shape.columns);
-        let (row, column) = (first_row + r, first_column + mine);
-        if row < rows && column < all {
+        let row = first_row + r;
+        partial[unit] = sums[r];
+        sync_cube();
+        if unit < shape.columns && first_column + unit < all && row < rows {
+            let column = first_column + unit;
             let head = row * heads + head;
             let mut found = Vector::<F, O>::new(F::from_int(0));
             if column < columns {
                 let mut sum = Vector::<f32, N>::new(0.0);
                 for part in 0..shape.parts {
-                    let mut unit = mine * shape.parts + part;
+                    let mut other = unit * shape.parts + part;
                     if comptime!(shape.along_columns) {
-                        unit = part * shape.columns + mine;
+                        other = part * shape.columns + unit;
                     }
-                    sum += partial[r * shape.units + unit];
+                    sum += partial[other];
                 }
                 if comptime!(shape.along_columns) {
                     // As many elements in both.
@@ -125,6 +124,7 @@ pub(super) fn product_kernel<F: Float, X: Size, N: Size, O: Size>(
             }
             out[head * all + column] = found;
         }
+        sync_cube();
     }
 }
 

@@ -14,13 +14,16 @@ use super::{
 };
 
 /// Rows, at most: with more, Burn's own products win, and where they use tensor cores, they do from few on.
-const ROWS: usize = 64;
+const ROWS: usize = 128;
 const ROWS_BESIDE_TENSOR_CORES: usize = 8;
 /// Rows that a cube computes together.
 const ROWS_AT_ONCE: usize = 4;
-/// Units of a cube, and how many of them are neighbours in memory.
-const UNITS: usize = 128;
+/// Units that are neighbours in memory, and as many of those as are in a cube: more where a single row has long sums,
+/// which would keep too few units busy.
 const LANES: usize = 8;
+const LINES: usize = 8;
+const LINES_OF_LONG_SUMS: usize = 32;
+const LONG: usize = 512;
 
 /// Sizes that the kernel is compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -36,14 +39,19 @@ pub(super) struct Shape {
 }
 
 impl Shape {
-    fn new(rows: usize, along_columns: bool) -> Self {
-        let (columns, parts) = if along_columns {
-            (LANES, UNITS / LANES)
+    fn new(rows: usize, inputs: usize, along_columns: bool) -> Self {
+        let lines = if rows == 1 && inputs >= LONG {
+            LINES_OF_LONG_SUMS
         } else {
-            (UNITS / LANES, LANES)
+            LINES
+        };
+        let (columns, parts) = if along_columns {
+            (LANES, lines)
+        } else {
+            (lines, LANES)
         };
         Self {
-            units: UNITS,
+            units: LANES * lines,
             rows: if rows == 1 { 1 } else { ROWS_AT_ONCE },
             columns,
             parts,
@@ -101,7 +109,7 @@ impl ProductPlan {
         let fits = new_width <= most_columns as usize
             && rows <= most_rows as usize
             && heads <= most_heads as usize
-            && device.hardware.max_units_per_cube as usize >= UNITS;
+            && device.hardware.max_units_per_cube as usize >= LANES * LINES_OF_LONG_SUMS;
         let something = rows > 0 && heads > 0 && inputs > 0 && outputs > 0;
         let types = of_rows == of_weight && is_float(of_rows, device);
         (rows <= most && fits && something && types).then_some(Self {
@@ -136,7 +144,7 @@ impl ProductPlan {
         };
         let (first, by_head) = (m.first * by_element, m.block * by_element);
         let along_columns = by_column == 1;
-        let shape = Shape::new(self.rows, along_columns);
+        let shape = Shape::new(self.rows, m.inputs, along_columns);
 
         // What steps over whole vectors of the weight, and is as long as some.
         let (step, length) = if along_columns {
@@ -188,7 +196,7 @@ impl ProductPlan {
             product_kernel::launch_unchecked::<R>(
                 &client,
                 cubes,
-                CubeDim::new_1d(UNITS as u32),
+                CubeDim::new_1d(shape.units as u32),
                 address,
                 of_x,
                 vector,
