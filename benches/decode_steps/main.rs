@@ -5,9 +5,11 @@
 //! cargo run --release -p mtla-benches --features wgpu --bin decode-steps
 //! cargo run --release -p mtla-benches --features wgpu --bin decode-steps -- --paper
 //! cargo run --release -p mtla-benches --features wgpu --bin decode-steps -- --kernels --tokens 512
+//! cargo run --release -p mtla-benches --features wgpu --bin decode-steps -- --products
 //! ```
 
 mod kernels;
+mod products;
 
 use std::time::{Duration, Instant};
 
@@ -48,6 +50,9 @@ struct Arguments {
     /// token of a whole decoder.
     #[arg(long, conflicts_with = "paper")]
     kernels: bool,
+    /// Measures the products around a step instead, beside Burn's own.
+    #[arg(long, conflicts_with_all = ["paper", "kernels"])]
+    products: bool,
 }
 
 /// Name, layout, tokens of a slot.
@@ -227,6 +232,10 @@ fn main() {
         return;
     }
     let device = WgpuDevice::default();
+    if arguments.products {
+        products::measure(&device);
+        return;
+    }
     if !arguments.paper {
         cube::require_kernel(true);
     }

@@ -136,11 +136,12 @@ impl RotaryConfig {
         let cos = angles.iter().map(|a| a.cos());
         let table = cos.chain(angles.iter().map(|a| a.sin())).collect();
         let table = tensor(table, &[2, positions.len(), length, dim]);
-        let quarter_turn = tensor(self.layout.quarter_turn(dim), &[dim, dim]);
+        let (partners, signs) = self.layout.quarter_turn(dim);
         Rotary {
             layout: self.layout,
             table: Tensor::from_data(table, (device, dtype)),
-            quarter_turn: Tensor::from_data(quarter_turn, (device, dtype)),
+            partners: Tensor::from_data(TensorData::new(partners, [dim]), device),
+            signs: Tensor::from_data(tensor(signs, &[1, dim]), (device, dtype)),
         }
     }
 }
@@ -154,18 +155,21 @@ impl RotaryLayout {
         }
     }
 
-    /// The matrix that turns every pair by 90°: `(a, b) → (−b, a)`, row-major `[dim, dim]`.
-    fn quarter_turn(self, dim: usize) -> Vec<f64> {
-        let mut matrix = vec![0.0; dim * dim];
-        for pair in 0..dim / 2 {
-            let (a, b) = match self {
-                Self::Interleaved => (2 * pair, 2 * pair + 1),
-                Self::HalfSplit => (pair, pair + dim / 2),
-            };
-            matrix[b * dim + a] = -1.0;
-            matrix[a * dim + b] = 1.0;
-        }
-        matrix
+    /// Every pair turned by 90°, `(a, b) → (−b, a)`: for each channel its partner, and the sign that this gets.
+    fn quarter_turn(self, dim: usize) -> (Vec<i64>, Vec<f64>) {
+        (0..dim)
+            .map(|i| {
+                let (is_first, distance) = match self {
+                    Self::Interleaved => (i % 2 == 0, 1),
+                    Self::HalfSplit => (i < dim / 2, dim / 2),
+                };
+                if is_first {
+                    ((i + distance) as i64, -1.0)
+                } else {
+                    ((i - distance) as i64, 1.0)
+                }
+            })
+            .unzip()
     }
 }
 
@@ -175,8 +179,9 @@ pub struct Rotary<B: Backend> {
     pub(crate) layout: RotaryLayout,
     /// Cosines, and sines, of every channel's angle: `[2, rows|1, tokens, dim]`.
     pub(crate) table: Tensor<B, 4>,
-    /// `[dim, dim]`. As a matrix product the turn needs no strided access, and the layout is data.
-    quarter_turn: Tensor<B, 2>,
+    /// The turn: of each channel its partner `[dim]`, and the sign `[1, dim]` that this gets.
+    partners: Tensor<B, 1, Int>,
+    signs: Tensor<B, 2>,
 }
 
 impl<B: Backend> Rotary<B> {
@@ -192,7 +197,8 @@ impl<B: Backend> Rotary<B> {
         Self {
             table: table.select(1, tokens).reshape([two, rows, 1, dim]),
             layout: self.layout,
-            quarter_turn: self.quarter_turn.clone(),
+            partners: self.partners.clone(),
+            signs: self.signs.clone(),
         }
     }
 
@@ -219,7 +225,8 @@ impl<B: Backend> Rotary<B> {
         let turned = x
             .clone()
             .reshape([rows * tokens * heads, dim])
-            .matmul(self.quarter_turn.clone());
+            .select(1, self.partners.clone())
+            * self.signs.clone();
         let width = tokens * heads * dim;
         let [_, from, length, columns] = self.table.dims();
         assert!(
@@ -248,7 +255,8 @@ impl<B: Backend, C: CheckpointStrategy> Rotary<Autodiff<B, C>> {
         Rotary {
             layout: self.layout,
             table: self.table.inner(),
-            quarter_turn: self.quarter_turn.inner(),
+            partners: self.partners.inner(),
+            signs: self.signs.inner(),
         }
     }
 }
