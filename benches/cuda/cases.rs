@@ -3,9 +3,10 @@
 use burn::tensor::{DType, Int, Tensor};
 use mtla_core::{
     ops::{
-        AttendOperands, AttendProblem, DecodeOperands, DecodeProblem, Dropout, KeyValue, Keys,
-        SlotLayout, Visibility,
+        AttendOperands, AttendProblem, AttentionBackend, DecodeOperands, DecodeProblem, Dropout,
+        HeadMatrices, KeyValue, Keys, LaunchKind, SlotLayout, Visibility,
         cube::{KernelError, try_attend, try_decode},
+        launches,
     },
     rope::{RotaryConfig, RotaryLayout},
 };
@@ -24,6 +25,7 @@ type Run = Box<dyn Fn(&Gpu) -> Result<(), KernelError>>;
 pub(crate) fn all() -> Vec<Case> {
     let mut all = decode();
     all.extend(attend());
+    all.extend(product());
     all
 }
 
@@ -137,13 +139,15 @@ fn attend() -> Vec<Case> {
             probability: 0.1,
             seed: 1,
         };
-        for (dtype, dropout) in [
-            (DType::F32, None),
-            (DType::F16, None),
-            (DType::BF16, None),
-            (DType::F32, Some(dropout)),
+        // Short prompts get smaller tiles.
+        for (dtype, dropout, tokens) in [
+            (DType::F32, None, 512),
+            (DType::F16, None, 512),
+            (DType::BF16, None, 512),
+            (DType::F32, Some(dropout), 512),
+            (DType::F32, None, 40),
+            (DType::F16, None, 7),
         ] {
-            let tokens = 512;
             let problem = AttendProblem {
                 batch: 2,
                 heads,
@@ -177,10 +181,69 @@ fn attend() -> Vec<Case> {
                 try_attend(operands, &problem).map(drop)
             };
             cases.push(Case {
-                name: format!("{variant}{suffix} {}", dtype.name()),
+                name: format!("{variant}-{tokens}{suffix} {}", dtype.name()),
                 run: Box::new(run),
             });
         }
     }
     cases
+}
+
+/// Products of few rows: with a weight as it is and the other way round, and of heads with matrices of their own, behind
+/// which channels follow or do not.
+fn product() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for dtype in [DType::F32, DType::F16, DType::BF16] {
+        for rows in [1, 8] {
+            for (name, inputs, outputs) in [("wide", 512, 2048), ("odd", 45, 455)] {
+                for transposed in [false, true] {
+                    let run = move |gpu: &Gpu| {
+                        let new = |shape| Tensor::<Backend, 2>::empty(shape, (gpu, dtype));
+                        let weight = if transposed {
+                            new([outputs, inputs]).transpose()
+                        } else {
+                            new([inputs, outputs])
+                        };
+                        counted(|| drop(Backend::product(new([rows, inputs]), weight)));
+                        Ok(())
+                    };
+                    let suffix = if transposed { "-transposed" } else { "" };
+                    cases.push(Case {
+                        name: format!("{name}{suffix} rows={rows} {}", dtype.name()),
+                        run: Box::new(run),
+                    });
+                }
+            }
+            for (name, heads, rest, columns, transposed) in [
+                ("absorb", 8, 32, 0..64, true),
+                ("expand", 8, 0, 64..128, false),
+            ] {
+                let run = move |gpu: &Gpu| {
+                    let width = rest + if transposed { columns.len() } else { 256 };
+                    let x = Tensor::<Backend, 3>::empty([rows, heads, width], (gpu, dtype));
+                    let matrices = HeadMatrices {
+                        weight: Tensor::empty([256, heads * 128], (gpu, dtype)),
+                        heads,
+                        columns: columns.clone(),
+                        transposed,
+                    };
+                    counted(|| drop(Backend::multiply_heads(x, matrices)));
+                    Ok(())
+                };
+                cases.push(Case {
+                    name: format!("{name} rows={rows} {}", dtype.name()),
+                    run: Box::new(run),
+                });
+            }
+        }
+    }
+    cases
+}
+
+/// # Panics
+/// If Burn's own product was taken.
+fn counted(run: impl FnOnce()) {
+    let before = launches(LaunchKind::CubeProduct);
+    run();
+    assert_eq!(launches(LaunchKind::CubeProduct), before + 1);
 }

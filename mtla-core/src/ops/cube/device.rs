@@ -25,6 +25,9 @@ pub enum Planes {
     Always,
 }
 
+/// How many of them to expect where a device does not say.
+const MULTIPROCESSORS: usize = 32;
+
 static PLANES: AtomicU8 = AtomicU8::new(Planes::Reported as u8);
 
 /// When kernels use plane operations, from now on and in the whole process.
@@ -41,6 +44,12 @@ pub(super) fn plane_size(device: &DeviceProperties) -> usize {
         return 1;
     }
     if size.is_power_of_two() { size } else { 1 }
+}
+
+/// Multiprocessors of the device, which run cubes side by side.
+pub(super) fn multiprocessors(device: &DeviceProperties) -> usize {
+    let reported = device.hardware.num_streaming_multiprocessors;
+    reported.map_or(MULTIPROCESSORS, |n| n as usize)
 }
 
 /// Whether the device loads, stores and converts numbers of this type.

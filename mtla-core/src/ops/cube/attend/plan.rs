@@ -6,14 +6,12 @@ use cubecl::ir::DeviceProperties;
 
 use super::super::{
     super::{AttendProblem, Visibility},
-    device::{SUMS, is_float, vector},
+    device::{SUMS, is_float, multiprocessors, vector},
     fallback::Unavailable,
 };
 
 /// Queries, and columns of a block, that a unit computes the scores of, at most.
 const EACH: usize = 4;
-/// Tiles of all queries of a head, at least, before tiles get larger: with fewer, most units of a device would wait.
-const TILES: usize = 4;
 /// The side of the square that the units of a cube stand in, and how many they are.
 pub(super) const SIDE: usize = 8;
 pub(super) const UNITS: usize = SIDE * SIDE;
@@ -92,12 +90,14 @@ impl AttendPlan {
         }
         let p = problem;
         let group = p.heads / p.kv_heads;
-        let queries = p.queries * group;
+        let tiles = |each: usize| (p.queries * group).div_ceil(each * SIDE);
+        // Large tiles read less, and small ones of few queries keep more of the device busy.
+        let multiprocessors = multiprocessors(device);
         let mut each = EACH;
-        while each > 1 && queries < TILES * each * SIDE {
+        while each > 1 && tiles(each) * p.batch * p.kv_heads < multiprocessors {
             each /= 2;
         }
-        let tiles = queries.div_ceil(each * SIDE);
+        let tiles = tiles(each);
         let cubes = [tiles, p.batch, p.kv_heads].map(|n| u32::try_from(n).unwrap_or(u32::MAX));
         let (most_tiles, most_rows, most_heads) = device.hardware.max_cube_count;
         let fits = cubes.iter().zip([most_tiles, most_rows, most_heads]);

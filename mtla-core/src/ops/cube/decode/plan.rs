@@ -8,7 +8,7 @@ use cubecl::ir::DeviceProperties;
 
 use super::super::{
     super::{DecodeProblem, SlotLayout},
-    device::{SUMS, is_float, is_usable, plane_size, vector},
+    device::{SUMS, is_float, is_usable, multiprocessors, plane_size, vector},
     fallback::Unavailable,
 };
 use crate::rope::RotaryLayout;
@@ -24,10 +24,8 @@ const TILE: usize = if cfg!(target_family = "wasm") { 8 } else { 32 };
 const BLOCK: usize = 4;
 /// Units that share a comparison, at least: neighbours then read neighbouring channels, from different banks.
 const LANES: usize = 8;
-/// Cubes that keep a multiprocessor busy, how many of them to expect where a device does not say, and the
-/// tiles that are worth a cube of their own.
+/// Cubes that keep a multiprocessor busy, and the tiles that are worth a cube of their own.
 const CUBES: usize = 4;
-const MULTIPROCESSORS: usize = 32;
 const TILES: usize = 2;
 /// Rows of a team, where they share slots.
 const TEAMS: [usize; 7] = [2, 3, 4, 5, 6, 8, 10];
@@ -269,8 +267,7 @@ impl Frame<'_> {
         let problem = self.problem;
         let mut shape = shape(self, team, tile, memory)?;
         let tiles = tiles(problem, &shape);
-        let multiprocessors = self.device.hardware.num_streaming_multiprocessors;
-        let cubes = CUBES * multiprocessors.map_or(MULTIPROCESSORS, |n| n as usize);
+        let cubes = CUBES * multiprocessors(self.device);
         let rows = problem.starts.len();
         let teams = rows.div_ceil(team);
         let most = (tiles[0] + team * tiles[1]).div_ceil(TILES);
