@@ -74,13 +74,12 @@ async function write(page, { prompt = PROMPT, temperature = 0, seed = 1, length 
     return (await heard(page, "step")).map(({ step, ...more }) => ({ ...step, ...more }));
 }
 
-/** The same, and when the page's first token came, in milliseconds since the page was called. */
+/** The same, and when the first token came, in milliseconds since the page was called. */
 async function firstToken(page) {
-    const seen = page.waitForFunction(() => document.querySelector("#text").textContent && performance.now(), null, {
-        polling: "raf",
-    });
+    const began = () => self.heard.some(({ type }) => type === "step") && performance.now();
+    const first = page.waitForFunction(began, null, { polling: 5 });
     const steps = await write(page);
-    return { first: await (await seen).jsonValue(), steps };
+    return { first: await (await first).jsonValue(), steps };
 }
 
 const tokens = (steps) => steps.map(({ token }) => token);
