@@ -2,14 +2,18 @@
 
 use std::pin::Pin;
 
+use burn_cubecl::CubeBackend;
 use burn_flex::Flex;
-use burn_wgpu::{RuntimeOptions, Wgpu, WgpuDevice, graphics::WebGpu, init_setup_async};
+use burn_wgpu::{RuntimeOptions, WgpuDevice, WgpuRuntime, graphics::WebGpu, init_setup_async};
 use mtla_core::ops::AttentionBackend;
 use sha2::{Digest, Sha256};
 use wasm_bindgen::prelude::*;
 
 use crate::check::check;
 use crate::writer::{Description, Files, Options, Step, Writer, WriterError};
+
+/// Without fusion: what is fused would be kernels of its own for every shape, which are compiled at every visit.
+type Gpu = CubeBackend<WgpuRuntime, f32, i32, u32>;
 
 /// Prints panics where a page's author looks for them.
 #[wasm_bindgen(start)]
@@ -81,7 +85,7 @@ impl PageModel {
             tokenizer,
         };
         Ok(Self(if gpu {
-            Box::new(Writer::<Wgpu>::new(files, &WgpuDevice::default())?)
+            Box::new(Writer::<Gpu>::new(files, &WgpuDevice::default())?)
         } else {
             Box::new(Writer::<Flex>::new(files, &Default::default())?)
         }))
@@ -124,7 +128,7 @@ impl PageModel {
 /// As [`check`].
 #[wasm_bindgen]
 pub async fn check_kernel(seed: u32) -> Result<String, JsError> {
-    json(&check::<Wgpu>(seed.into(), &WgpuDevice::default()).await?)
+    json(&check::<Gpu>(seed.into(), &WgpuDevice::default()).await?)
 }
 
 fn json(value: &impl serde::Serialize) -> Result<String, JsError> {

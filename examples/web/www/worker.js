@@ -41,8 +41,10 @@ if (requestDevice) {
 
 /** Starts the program, on the GPU if that is wanted and there is one. */
 async function begin(wanted) {
-    const adapter = wanted === "gpu" ? await self.navigator.gpu?.requestAdapter().catch(() => null) : null;
-    await init({ module_or_path: new URL("mtla_web_bg.wasm", import.meta.url) });
+    const [adapter] = await Promise.all([
+        wanted === "gpu" ? self.navigator.gpu?.requestAdapter().catch(() => null) : null,
+        init({ module_or_path: new URL("mtla_web_bg.wasm", import.meta.url) }),
+    ]);
     if (adapter) {
         await program.use_gpu();
     }
