@@ -168,16 +168,26 @@ const tests = {
         const { page, errors, go } = await open(browser);
         await go();
         await ready(page);
+        const withoutPicture = async () => {
+            await page.uncheck("#observe", { force: true });
+            const steps = await write(page, { length: 5 });
+            await page.check("#observe", { force: true });
+            return steps.at(-1).dispatches;
+        };
+        const mtlaAlone = await withoutPicture();
         const mtla = await write(page, { length: 20 });
         await page.evaluate(() => (self.heard.length = 0));
         await page.check("input[value=mha]", { force: true });
         await page.waitForFunction(() => self.heard.some(({ type }) => type === "done"));
-        const steps = await heard(page, "step");
-        const mha = steps.map(({ step }) => step);
-        console.log(`    ${mtla.at(-1).dispatches} dispatches a token with MTLA, ${steps.at(-1).dispatches} with MHA`);
-        assert.deepEqual(tokens(mha), nativeTokens("mha", PROMPT, 20));
         const [{ description }] = await heard(page, "ready");
         assert.equal(description.attention, "MHA");
+        const steps = await heard(page, "step");
+        const mha = steps.map(({ step }) => step);
+        console.log(
+            `    dispatches a token: MTLA ${mtlaAlone}, with the picture ${mtla.at(-1).dispatches}; ` +
+                `MHA ${await withoutPicture()}, with the picture ${steps.at(-1).dispatches}`,
+        );
+        assert.deepEqual(tokens(mha), nativeTokens("mha", PROMPT, 20));
         const last = (steps) => steps.at(-1).cache_bytes / steps.at(-1).length;
         assert.ok(last(mtla) < 0.5 * last(mha));
         assert.deepEqual(errors, []);

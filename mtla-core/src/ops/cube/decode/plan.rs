@@ -534,9 +534,10 @@ mod tests {
                 .unwrap()
                 .parts
         };
+        let cubes = CUBES * multiprocessors(&webgpu());
         assert_eq!(parts(1, 1), 1);
-        assert_eq!(parts(1, 10_000), CUBES * MULTIPROCESSORS);
-        assert_eq!(parts(40, 10_000), CUBES * MULTIPROCESSORS / 40);
+        assert_eq!(parts(1, 10_000), cubes);
+        assert_eq!(parts(40, 10_000), cubes / 40);
         assert_eq!(parts(500, 10_000), 1);
     }
 

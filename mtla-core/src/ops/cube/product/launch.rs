@@ -146,22 +146,17 @@ impl ProductPlan {
         let along_columns = by_column == 1;
         let shape = Shape::new(self.rows, m.inputs, along_columns);
 
-        // What steps over whole vectors of the weight, and is as long as some.
-        let (step, length) = if along_columns {
-            (by_input, m.outputs)
-        } else {
-            (by_column, m.inputs)
+        // All that vectors of the weight have to divide, and those of whatever is read or written beside them.
+        let begin = |x: &CubeTensor<R>| {
+            x.handle.offset_start.unwrap_or_default() as usize / self.dtype.size()
         };
-        let begins = weight.handle.offset_start.unwrap_or_default() as usize / self.dtype.size();
-        let widths = [
-            step,
-            length,
-            first,
-            by_head,
-            begins,
-            self.width,
-            self.new_width,
-        ];
+        let (step, length, beside) = if along_columns {
+            (by_input, m.outputs, [self.new_width, 0])
+        } else {
+            (by_column, m.inputs, [self.width, begin(&x)])
+        };
+        let [width, begins] = beside;
+        let widths = [step, length, first, by_head, begin(&weight), width, begins];
         let client = x.client.clone();
         let vector = vector(&widths, self.dtype.size(), client.properties());
         let [of_x, of_out] = if along_columns {
