@@ -29,6 +29,10 @@ use mtla_core::{
 
 /// Measures steps of decoding, one line of JSON each.
 #[derive(Parser)]
+#[allow(
+    clippy::struct_excessive_bools,
+    reason = "each is a switch of the command line"
+)]
 struct Arguments {
     /// Tokens that each row holds.
     #[arg(long, value_delimiter = ',', default_value = "128,512,2048,8192")]

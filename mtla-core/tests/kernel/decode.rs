@@ -381,7 +381,7 @@ const ROUNDED: [f64; 2] = [2e-3, 5e-4];
 #[cfg_attr(feature = "autotune", ignore = "measures every case")]
 fn decode_is_the_plain_one() {
     let _alone = alone();
-    let [in_parts, _] = compare::<WgpuBare>("bare", 0..220, &SMALL, F32, CLOSE);
+    let [in_parts, _] = compare::<WgpuBare>("bare", 0..180, &SMALL, F32, CLOSE);
     assert!((20..200).contains(&in_parts), "both ways are taken");
     let [_, teams] = compare::<WgpuBare>("bare, beams", 2000..2060, &BEAMS, F32, CLOSE);
     assert!(teams >= 15, "{teams} of 60 read what rows share together");
@@ -445,8 +445,8 @@ fn every_plan_is_the_plain_one() {
     let start = Instant::now();
     let mut tried = [0; DECODE_PLANS.len()];
     let mut worst = 0.0f64;
-    let seeds = (3000..3020).map(|seed| (seed, &SMALL));
-    for (seed, size) in seeds.chain((3100..3115).map(|seed| (seed, &BEAMS))) {
+    let seeds = (3000..3012).map(|seed| (seed, &SMALL));
+    for (seed, size) in seeds.chain((3100..3112).map(|seed| (seed, &BEAMS))) {
         let case = Case::new(seed, size);
         let expected = case.expected(F32);
         for (number, name) in DECODE_PLANS.into_iter().enumerate() {
@@ -464,7 +464,7 @@ fn every_plan_is_the_plain_one() {
         "{DECODE_PLANS:?}: {tried:?} cases, largest error {worst:.1e}, {:.1?}",
         start.elapsed()
     );
-    assert!(tried.iter().all(|cases| *cases >= 10), "{tried:?}");
+    assert!(tried.iter().all(|cases| *cases >= 8), "{tried:?}");
 }
 
 /// A pool that nobody else holds keeps its place in memory, and one that somebody holds does not.

@@ -103,6 +103,7 @@ where
 ///
 /// # Panics
 /// If there is no plan of that number.
+#[allow(clippy::type_complexity, reason = "a backend has four parameters")]
 pub fn try_decode_by<R, F, I, BT>(
     number: usize,
     operands: DecodeOperands<CubeBackend<R, F, I, BT>>,

@@ -8,6 +8,7 @@
 #![allow(
     clippy::trivially_copy_pass_by_ref,
     clippy::used_underscore_binding,
+    clippy::too_many_lines,
     clippy::too_many_arguments,
     reason = "kernels take tensors by reference, and their types by a parameter of this form"
 )]
@@ -39,8 +40,8 @@ pub(super) struct Places {
 ///
 /// Where neighbours in the weight are columns, `x` has vectors of one element; where they are inputs, `out` has.
 #[cube(launch_unchecked, address_type = "dynamic")]
-pub(super) fn product_kernel<F: Float, X: Size, N: Size, O: Size>(
-    x: &Tensor<Vector<F, X>>,
+pub(super) fn product_kernel<F: Float, M: Size, N: Size, O: Size>(
+    x: &Tensor<Vector<F, M>>,
     weight: &Tensor<Vector<F, N>>,
     rest: &ComptimeOption<Tensor<F>>,
     out: &mut Tensor<Vector<F, O>>,
@@ -80,7 +81,7 @@ pub(super) fn product_kernel<F: Float, X: Size, N: Size, O: Size>(
         #[unroll]
         for r in 0..shape.rows {
             let row = min(first_row + r, rows - 1);
-            let value = x[(row * heads + head) * width / X::value() + input];
+            let value = x[(row * heads + head) * width / M::value() + input];
             if comptime!(shape.along_columns) {
                 sums[r] += Vector::new(f32::cast_from(value[0])) * factor;
             } else {

@@ -129,58 +129,21 @@ impl ProductPlan {
         dims: &[usize],
     ) -> CubeTensor<R> {
         launches::count(LaunchKind::CubeProduct);
-        let m = self.matrices;
         let x = into_contiguous(x);
         let weight = if weight.meta.strides().contains(&1) {
             weight
         } else {
             into_contiguous(weight)
         };
-        let [by_line, by_element] = [0, 1].map(|axis| weight.meta.strides()[axis]);
-        let (by_input, by_column) = if m.transposed {
-            (by_element, by_line)
-        } else {
-            (by_line, by_element)
-        };
-        let (first, by_head) = (m.first * by_element, m.block * by_element);
-        let along_columns = by_column == 1;
-        let shape = Shape::new(self.rows, m.inputs, along_columns);
-
-        // All that vectors of the weight have to divide, and those of whatever is read or written beside them.
-        let begin = |x: &CubeTensor<R>| {
-            x.handle.offset_start.unwrap_or_default() as usize / self.dtype.size()
-        };
-        let (step, length, beside) = if along_columns {
-            (by_input, m.outputs, [self.new_width, 0])
-        } else {
-            (by_column, m.inputs, [self.width, begin(&x)])
-        };
-        let [width, begins] = beside;
-        let widths = [step, length, first, by_head, begin(&weight), width, begins];
+        let (shape, [of_x, of_weight, of_out], places) = self.lay_out(&x, &weight);
         let client = x.client.clone();
-        let vector = vector(&widths, self.dtype.size(), client.properties());
-        let [of_x, of_out] = if along_columns {
-            [1, vector]
-        } else {
-            [vector, 1]
-        };
-        let places = PlacesLaunch::new(
-            self.rows as u32,
-            self.width as u32,
-            (m.inputs / of_x) as u32,
-            (m.outputs / of_out) as u32,
-            (first / vector) as u32,
-            (by_head / vector) as u32,
-            (if along_columns { 1 } else { step / vector }) as u32,
-            (if along_columns { step / vector } else { 1 }) as u32,
-        );
         let cubes = CubeCount::Static(
             (self.new_width / of_out).div_ceil(shape.columns) as u32,
             self.rows.div_ceil(shape.rows) as u32,
-            m.heads as u32,
+            self.matrices.heads as u32,
         );
         let out = empty(&client, &x.device, dims.to_vec().into(), self.dtype);
-        let rest = (self.width > m.inputs).then(|| x.clone().into_tensor_arg());
+        let rest = (self.width > self.matrices.inputs).then(|| x.clone().into_tensor_arg());
         let address = [&x, &weight, &out]
             .map(CubeTensor::required_address_type)
             .into_iter()
@@ -194,7 +157,7 @@ impl ProductPlan {
                 CubeDim::new_1d(shape.units as u32),
                 address,
                 of_x,
-                vector,
+                of_weight,
                 of_out,
                 x.into_tensor_arg(),
                 weight.into_tensor_arg(),
@@ -206,5 +169,52 @@ impl ProductPlan {
             );
         }
         out
+    }
+
+    /// Sizes, elements of a vector of `x`, of the weight and of the result, and where things are in them.
+    fn lay_out<R: CubeRuntime>(
+        &self,
+        x: &CubeTensor<R>,
+        weight: &CubeTensor<R>,
+    ) -> (Shape, [usize; 3], PlacesLaunch<R>) {
+        let m = self.matrices;
+        let [by_line, by_element] = [0, 1].map(|axis| weight.meta.strides()[axis]);
+        let (by_input, by_column) = if m.transposed {
+            (by_element, by_line)
+        } else {
+            (by_line, by_element)
+        };
+        let (first, by_head) = (m.first * by_element, m.block * by_element);
+        let along_columns = by_column == 1;
+
+        // All that vectors of the weight have to divide, and those of what is read or written beside them.
+        let begin = |x: &CubeTensor<R>| {
+            x.handle.offset_start.unwrap_or_default() as usize / self.dtype.size()
+        };
+        let (step, length, beside) = if along_columns {
+            (by_input, m.outputs, [self.new_width, 0])
+        } else {
+            (by_column, m.inputs, [self.width, begin(x)])
+        };
+        let [width, begins] = beside;
+        let widths = [step, length, first, by_head, begin(weight), width, begins];
+        let n = vector(&widths, self.dtype.size(), x.client.properties());
+        let ([of_x, of_out], [by_column, by_input]) = if along_columns {
+            ([1, n], [1, step / n])
+        } else {
+            ([n, 1], [step / n, 1])
+        };
+        let places = PlacesLaunch::new(
+            self.rows as u32,
+            self.width as u32,
+            (m.inputs / of_x) as u32,
+            (m.outputs / of_out) as u32,
+            (first / n) as u32,
+            (by_head / n) as u32,
+            by_column as u32,
+            by_input as u32,
+        );
+        let shape = Shape::new(self.rows, m.inputs, along_columns);
+        (shape, [of_x, n, of_out], places)
     }
 }
