@@ -116,7 +116,8 @@ where
     BT: BoolElement,
 {
     operands.validate(problem)?;
-    let reckoned: &DecodePlan = &plan::<R, _>(&operands, problem)?;
+    let plan = plan::<R, _>(&operands, problem)?;
+    let reckoned: &DecodePlan = &plan;
     let client = R::client(&operands.q.device());
     let plans = reckoned.variants(problem, client.properties());
     let plan = plans[number];
