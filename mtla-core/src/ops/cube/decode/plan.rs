@@ -24,9 +24,9 @@ const TILE: usize = if cfg!(target_family = "wasm") { 8 } else { 32 };
 const BLOCK: usize = 4;
 /// Units that share a comparison, at least: neighbours then read neighbouring channels, from different banks.
 const LANES: usize = 8;
-/// Cubes that keep a multiprocessor busy, and the tiles that are worth a cube of their own.
+/// Cubes that keep a multiprocessor busy, and the slots that are worth a cube of their own.
 const CUBES: usize = 4;
-const TILES: usize = 2;
+const SLOTS: usize = 64;
 /// Rows of a team, where they share slots.
 const TEAMS: [usize; 7] = [2, 3, 4, 5, 6, 8, 10];
 /// Sums that a unit keeps for a team, at most: with more, few cubes find room on a multiprocessor.
@@ -270,7 +270,10 @@ impl Frame<'_> {
         let cubes = CUBES * multiprocessors(self.device);
         let rows = problem.starts.len();
         let teams = rows.div_ceil(team);
-        let most = (tiles[0] + team * tiles[1]).div_ceil(TILES);
+        let tiles_of_all = tiles[0] + team * tiles[1];
+        let most = (tiles_of_all * shape.tile)
+            .div_ceil(SLOTS)
+            .min(tiles_of_all);
         let parts = (cubes / (teams * shape.kv_heads)).clamp(1, most);
         shape.parts = parts > 1;
         Ok(DecodePlan {
