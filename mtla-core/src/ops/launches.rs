@@ -15,6 +15,8 @@ pub enum LaunchKind {
     CubeDecode,
     /// Those of them in which slots that rows share were read once for several rows.
     CubeDecodeTeams,
+    /// Those of them that used tensor cores.
+    CubeDecodeTensorCores,
     /// The second launch of it, where rows have several parts.
     CubeDecodeCombine,
     /// `attend` of those backends.
@@ -25,7 +27,7 @@ pub enum LaunchKind {
     CubeProduct,
 }
 
-static COUNTS: [AtomicU64; 9] = [const { AtomicU64::new(0) }; 9];
+static COUNTS: [AtomicU64; 10] = [const { AtomicU64::new(0) }; 10];
 
 #[cfg(any(feature = "flex", feature = "cube"))]
 pub(super) fn count(kind: LaunchKind) {

@@ -7,7 +7,7 @@ use std::{ops::Range, time::Instant};
 
 use burn::tensor::{DType, Distribution, Int, Tensor, TensorData, Tolerance, backend::Backend};
 use burn_autodiff::Autodiff;
-use burn_cubecl::cubecl::Runtime;
+use burn_cubecl::cubecl::{Runtime, ir::StorageType};
 use burn_flex::{Flex, FlexDevice};
 use burn_wgpu::{WgpuDevice, WgpuRuntime};
 use mtla_core::{
@@ -427,6 +427,38 @@ fn half_precision_is_rounded_once() {
     let pool = [DType::F32, DType::F16];
     compare::<WgpuBare>("f16", 100..130, &SMALL, half, ROUNDED);
     compare::<WgpuBare>("f16 pool", 130..150, &SMALL, pool, ROUNDED);
+}
+
+/// On tensor cores queries and weights are rounded to 16 bits, too.
+#[test]
+#[cfg_attr(feature = "autotune", ignore = "measures every case")]
+fn tensor_cores_round_operands() {
+    let _alone = alone();
+    cube::use_planes(Planes::Always);
+    let client = WgpuRuntime::client(&WgpuDevice::default());
+    let sizes = &client.properties().features.matmul.cmma;
+    let half = StorageType::from(DType::F16);
+    if !sizes.iter().any(|size| size.a_type == half) {
+        println!("this device has no tensor cores for f16, or the feature `vulkan` is off");
+        return;
+    }
+    let used = || launches(LaunchKind::CubeDecodeTensorCores);
+    let half = [DType::F16; 2];
+    let before = used();
+    compare::<WgpuBare>("tensor cores", 4000..4150, &SMALL, half, ROUNDED);
+    let alone = used() - before;
+    compare::<WgpuBare>("tensor cores, beams", 4200..4260, &BEAMS, half, ROUNDED);
+    let beams = used() - before - alone;
+    compare::<Wgpu>("tensor cores, fusion", 4300..4320, &BEAMS, half, ROUNDED);
+    println!("{sizes:?}: in {alone} of 150, and of 60 beams in {beams}");
+    assert!(alone >= 20 && beams >= 20);
+    // Other types have none, and they can be switched off.
+    let before = used();
+    let pool = [DType::F32, DType::F16];
+    compare::<WgpuBare>("f16 pool", 4300..4310, &BEAMS, pool, ROUNDED);
+    cube::use_tensor_cores(false);
+    compare::<WgpuBare>("without tensor cores", 4300..4310, &BEAMS, half, ROUNDED);
+    assert_eq!(used(), before);
 }
 
 /// Which memory a pool has, wherever on the device that is now.

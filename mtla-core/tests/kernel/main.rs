@@ -26,6 +26,7 @@ pub(crate) fn alone() -> std::sync::MutexGuard<'static, ()> {
     cube::require_kernel(true);
     cube::poison_outputs(true);
     cube::use_planes(Planes::Reported);
+    cube::use_tensor_cores(true);
     guard
 }
 

@@ -1,12 +1,12 @@
 //! What kernels ask of a device.
 
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
 use burn::tensor::DType;
 use burn_cubecl::cubecl;
 use cubecl::{
     features::{Plane, TypeUsage},
-    ir::DeviceProperties,
+    ir::{DeviceProperties, StorageType},
 };
 
 /// Sums that a unit keeps in registers, at most.
@@ -33,6 +33,30 @@ static PLANES: AtomicU8 = AtomicU8::new(Planes::Reported as u8);
 /// When kernels use plane operations, from now on and in the whole process.
 pub fn use_planes(planes: Planes) {
     PLANES.store(planes as u8, Ordering::Relaxed);
+}
+
+static TENSOR_CORES: AtomicBool = AtomicBool::new(true);
+
+/// Whether kernels use tensor cores where the device has them, from now on and in the whole process: `true` unless this
+/// says otherwise.
+pub fn use_tensor_cores(use_them: bool) {
+    TENSOR_CORES.store(use_them, Ordering::Relaxed);
+}
+
+/// The sizes `m`, `n` and `k` of products that the device computes by tensor cores, of matrices of this type with sums
+/// of 32 bits.
+pub(super) fn tensor_cores(dtype: DType, device: &DeviceProperties) -> Vec<[usize; 3]> {
+    let one_size = device.hardware.plane_size_min == device.hardware.plane_size_max;
+    if !TENSOR_CORES.load(Ordering::Relaxed) || !one_size || plane_size(device) == 1 {
+        return Vec::new();
+    }
+    let [operand, sum] = [dtype, DType::F32].map(StorageType::from);
+    let sizes = device.features.matmul.cmma.iter();
+    sizes
+        .filter(|of| [of.a_type, of.b_type] == [operand; 2] && of.cd_type == sum)
+        .map(|of| [of.m, of.n, of.k].map(|size| size as usize))
+        .filter(|_| dtype.size() == 2)
+        .collect()
 }
 
 /// Units of a plane; 1 where plane operations are not to be used.

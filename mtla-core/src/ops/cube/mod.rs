@@ -21,7 +21,7 @@ pub use attend::try_attend;
 pub(super) use attend::{attend, attend_fused};
 pub use decode::{DECODE_PLANS, Decoded, try_decode, try_decode_by};
 pub(super) use decode::{decode, decode_fused};
-pub use device::{Planes, use_planes};
+pub use device::{Planes, use_planes, use_tensor_cores};
 pub use fallback::{KernelError, Unavailable, require_kernel};
 pub use memory::poison_outputs;
 pub(super) use product::{multiply_heads, multiply_heads_fused, product, product_fused};

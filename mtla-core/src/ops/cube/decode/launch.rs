@@ -11,8 +11,9 @@ use super::{
     },
     Operands,
     combine::combine_kernel,
-    kernel::{TeamTilesLaunch, decode_kernel},
+    kernel::decode_kernel,
     plan::DecodePlan,
+    tile::TeamTilesLaunch,
 };
 
 /// A step whose results have their places: `out`, and the pool itself.
@@ -53,6 +54,9 @@ impl DecodePlan {
         launches::count(LaunchKind::CubeDecode);
         if self.tiles[0] > 0 {
             launches::count(LaunchKind::CubeDecodeTeams);
+        }
+        if self.shape.matrices.is_some() {
+            launches::count(LaunchKind::CubeDecodeTensorCores);
         }
         if self.shape.parts {
             launches::count(LaunchKind::CubeDecodeCombine);

@@ -1,6 +1,7 @@
 //! One token a row over the slot pool of a cache.
 //!
-//! * `kernel.rs` is the kernel, `combine.rs` the one after it where rows have several parts;
+//! * `kernel.rs` is the kernel, computed as in `units.rs` or, on tensor cores, as in `matrices.rs`, through tiles of
+//!   slots as in `tile.rs`; `combine.rs` is the one after it where rows have several parts;
 //! * `plan.rs` chooses sizes from problem and device, and knows what cannot run;
 //! * `launch.rs` makes room for results and launches;
 //! * `tune.rs`, with the feature `autotune`, measures other plans as well and takes the fastest;
@@ -10,9 +11,12 @@ mod combine;
 mod fusion;
 mod kernel;
 mod launch;
+mod matrices;
 mod plan;
+mod tile;
 #[cfg(all(feature = "autotune", not(target_family = "wasm")))]
 mod tune;
+mod units;
 
 use burn::tensor::{Tensor, TensorPrimitive, backend::Backend};
 use burn_cubecl::{BoolElement, CubeBackend, CubeRuntime, FloatElement, IntElement};

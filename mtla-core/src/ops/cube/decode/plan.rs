@@ -8,7 +8,7 @@ use cubecl::ir::DeviceProperties;
 
 use super::super::{
     super::{DecodeProblem, SlotLayout},
-    device::{SUMS, is_float, is_usable, multiprocessors, plane_size, vector},
+    device::{SUMS, is_float, is_usable, multiprocessors, plane_size, tensor_cores, vector},
     fallback::Unavailable,
 };
 use crate::rope::RotaryLayout;
@@ -20,6 +20,13 @@ const UNITS: usize = 256;
 const SHARED_MEMORY: usize = 16 * 1024;
 /// Slots of a tile, at most. Browsers clear shared memory before every launch, so there it is to be little.
 const TILE: usize = if cfg!(target_family = "wasm") { 8 } else { 32 };
+/// How much more shared memory a cube takes with tensor cores, whose queries stay in it, and if need be.
+const MEMORY_OF_MATRICES: [usize; 2] = [4, 8];
+/// Queries that are worth tensor cores, at least: with fewer, most of a product is computed for nothing.
+const QUERIES: usize = 8;
+/// Bytes that a matrix in shared memory is aligned to, and that its lines are an odd number of times apart: so lines
+/// lie in different banks.
+const LINE: usize = 32;
 /// Slots that a unit compares at a time.
 const BLOCK: usize = 4;
 /// Units that share a comparison, at least: neighbours then read neighbouring channels, from different banks.
@@ -68,18 +75,22 @@ pub(super) struct Shape {
     pub(super) units: usize,
     /// Slots of a tile.
     pub(super) tile: usize,
-    /// Slots that are compared together, and units that share the work.
+    /// Slots that are compared together, and units that share the work: with tensor cores, that of weighing the scores of
+    /// a query.
     pub(super) block: usize,
     pub(super) lanes: usize,
     /// Whether those units add up by plane operations, and else through this many floats of shared memory.
     pub(super) planes: bool,
     pub(super) scratch: usize,
-    /// Units side by side on the channels of a value, and how many such lines of units there are.
+    /// Units side by side on the channels of a value, and how many such lines of units there are; planes, with tensor
+    /// cores.
     pub(super) sum_columns: usize,
     pub(super) sum_groups: usize,
-    /// Queries and vectors of channels that a unit sums.
+    /// Queries and vectors of channels that a unit sums; rows and columns of matrices of both that a plane does.
     pub(super) sum_queries: usize,
     pub(super) sum_vectors: usize,
+    /// Products on tensor cores.
+    pub(super) matrices: Option<Matrices>,
     /// Whether a row has several parts, so that partial results are written.
     pub(super) parts: bool,
 }
@@ -117,8 +128,31 @@ impl Shape {
 
     /// Sums that a unit keeps.
     const fn sums(&self) -> usize {
-        self.sum_queries * self.sum_vectors * self.vector
+        let each = match self.matrices {
+            Some(matrices) => matrices.m * matrices.n / matrices.plane,
+            None => self.vector,
+        };
+        self.sum_queries * self.sum_vectors * each
     }
+}
+
+/// How products are computed on tensor cores.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct Matrices {
+    /// Rows, columns and depth of a product: queries, slots and channels where scores are computed, and queries, channels
+    /// and slots where values are summed.
+    pub(super) m: usize,
+    pub(super) n: usize,
+    pub(super) k: usize,
+    /// Units that compute a product together.
+    pub(super) plane: usize,
+    /// Queries, and those that fill the last product up.
+    pub(super) queries: usize,
+    /// From one query, or slot of the tile, to the next, in vectors.
+    pub(super) query_line: usize,
+    pub(super) tile_line: usize,
+    /// Planes that share the scores of the same queries and slots.
+    pub(super) splits: usize,
 }
 
 /// The element types of a step.
@@ -348,6 +382,35 @@ fn shape(frame: &Frame, team: usize, mut tile: usize, memory: usize) -> Result<S
 
     let queries = team * heads;
     let most_units = UNITS.min(hardware.max_units_per_cube as usize);
+    let available = memory.min(hardware.max_shared_memory_size);
+    let shape = Shape {
+        vector,
+        heads,
+        kv_heads,
+        team,
+        key_width,
+        value_width,
+        slot_width,
+        tile_width,
+        values_at,
+        turn: frame.turn,
+        gated: frame.types.gates.is_some() && matches!(layout, SlotLayout::Latent { .. }),
+        units: most_units,
+        tile,
+        block: 1,
+        lanes: 1,
+        planes: true,
+        scratch: 0,
+        sum_columns: 1,
+        sum_groups: 1,
+        sum_queries: 1,
+        sum_vectors: 1,
+        matrices: None,
+        parts: false,
+    };
+    if let Some(shape) = with_matrices(shape, frame, memory) {
+        return Ok(shape);
+    }
     let units = (queries * value_width)
         .next_power_of_two()
         .clamp(32, most_units);
@@ -362,7 +425,6 @@ fn shape(frame: &Frame, team: usize, mut tile: usize, memory: usize) -> Result<S
         return Err(Unavailable::Sums { sums, limit: SUMS });
     }
 
-    let available = memory.min(hardware.max_shared_memory_size);
     let plane = plane_size(frame.device);
     let with_tile = |tile: usize| {
         let block = BLOCK.min(tile);
@@ -385,17 +447,6 @@ fn shape(frame: &Frame, team: usize, mut tile: usize, memory: usize) -> Result<S
         return Err(Unavailable::SharedMemory { needed, available });
     }
     Ok(Shape {
-        vector,
-        heads,
-        kv_heads,
-        team,
-        key_width,
-        value_width,
-        slot_width,
-        tile_width,
-        values_at,
-        turn: frame.turn,
-        gated: frame.types.gates.is_some() && matches!(layout, SlotLayout::Latent { .. }),
         units,
         tile,
         block,
@@ -406,16 +457,101 @@ fn shape(frame: &Frame, team: usize, mut tile: usize, memory: usize) -> Result<S
         sum_groups,
         sum_queries,
         sum_vectors,
-        parts: false,
+        ..shape
     })
+}
+
+/// The same with tensor cores, where the device has them for such queries and slots.
+fn with_matrices(shape: Shape, frame: &Frame, memory: usize) -> Option<Shape> {
+    let Types { float, pool, .. } = frame.types;
+    let queries = shape.queries();
+    if float != pool || queries < QUERIES {
+        return None;
+    }
+    let mut sizes = tensor_cores(pool, frame.device);
+    // Few rows for nothing, and then about as many rows as columns.
+    sizes.sort_by_key(|[m, n, _]| (queries.next_multiple_of(*m), m.abs_diff(*n)));
+    MEMORY_OF_MATRICES.into_iter().find_map(|factor| {
+        sizes
+            .iter()
+            .find_map(|size| with_matrices_of(*size, shape, frame, factor * memory))
+    })
+}
+
+/// With products of this size, in at most this much memory.
+fn with_matrices_of(
+    [m, n, k]: [usize; 3],
+    shape: Shape,
+    frame: &Frame,
+    memory: usize,
+) -> Option<Shape> {
+    let Shape { vector, units, .. } = shape;
+    let bytes = frame.types.pool.size();
+    let [keys, values, values_at] =
+        [shape.key_width, shape.value_width, shape.values_at].map(|width| width * vector);
+    let fits = keys.is_multiple_of(k)
+        && [values, values_at]
+            .iter()
+            .all(|width| width.is_multiple_of(n))
+        && [n, k].iter().all(|size| size.is_multiple_of(vector));
+    if !fits {
+        return None;
+    }
+
+    let line = |width: usize| {
+        let elements = LINE / bytes;
+        let lines = width.div_ceil(elements);
+        (lines + 1 - lines % 2) * elements / vector
+    };
+    let (query_line, tile_line) = (line(keys), line(shape.tile_width * vector));
+    let available = memory.min(frame.device.hardware.max_shared_memory_size);
+    let queries = shape.queries().next_multiple_of(m);
+    let plane = frame.device.hardware.plane_size_min as usize;
+    let (planes, rows, columns) = (units / plane, queries / m, values / n);
+    let with_tile = |tile: usize| {
+        let splits = (planes / (rows * (tile / n))).clamp(1, keys / k);
+        let scratch = units.max(planes * m * n).max(splits * queries * tile);
+        let halves = (queries * query_line + tile * tile_line) * vector + queries * tile;
+        let words = scratch + 4 * queries + 1 + shape.team;
+        (splits, scratch, halves * bytes + 4 * words)
+    };
+    let tile = (0..=shape.tile.ilog2())
+        .rev()
+        .map(|bits| 1 << bits)
+        .filter(|tile: &usize| tile.is_multiple_of(n) && tile.is_multiple_of(k))
+        .find(|tile| with_tile(*tile).2 <= available)?;
+    let (splits, scratch, _) = with_tile(tile);
+    let sum_columns = columns.min(planes);
+    let sum_groups = planes / sum_columns;
+    let shape = Shape {
+        tile,
+        lanes: (units / queries.next_power_of_two()).clamp(1, tile.min(plane)),
+        scratch,
+        sum_columns,
+        sum_groups,
+        sum_queries: rows.div_ceil(sum_groups),
+        sum_vectors: columns.div_ceil(sum_columns),
+        matrices: Some(Matrices {
+            m,
+            n,
+            k,
+            plane,
+            queries,
+            query_line,
+            tile_line,
+            splits,
+        }),
+        ..shape
+    };
+    (shape.sums() <= SUMS).then_some(shape)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use cubecl::{
-        features::{Features, Plane, TypeUsage},
-        ir::{HardwareProperties, MemoryDeviceProperties},
+        features::{Features, MmaConfig, Plane, TypeUsage},
+        ir::{HardwareProperties, MemoryDeviceProperties, StorageType},
         profile::TimingMethod,
     };
 
@@ -443,7 +579,7 @@ mod tests {
         let mut device =
             DeviceProperties::new(Features::default(), memory, hardware, TimingMethod::System);
         for dtype in [DType::F32, DType::I32] {
-            device.register_type_usage(cubecl::ir::StorageType::from(dtype), TypeUsage::all());
+            device.register_type_usage(StorageType::from(dtype), TypeUsage::all());
         }
         device
     }
@@ -523,6 +659,111 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// A device with planes of 32, tensor cores for 16 bits, and more shared memory.
+    fn nvidia() -> DeviceProperties {
+        let mut device = webgpu();
+        device.features.plane.insert(Plane::Ops);
+        device.hardware.max_shared_memory_size = 227 * 1024;
+        let [half, float] = [DType::F16, DType::F32].map(StorageType::from);
+        device.register_type_usage(half, TypeUsage::all());
+        for (m, n, k) in [(16, 16, 16), (32, 8, 16), (8, 32, 16)] {
+            device.features.matmul.cmma.insert(MmaConfig {
+                a_type: half,
+                b_type: half,
+                cd_type: float,
+                m,
+                n,
+                k,
+            });
+        }
+        device
+    }
+
+    fn half(problem: &DecodeProblem) -> Result<DecodePlan, Unavailable> {
+        let types = Types {
+            float: DType::F16,
+            row: DType::F16,
+            pool: DType::F16,
+            ..TYPES
+        };
+        DecodePlan::new(problem, None, types, &nvidia())
+    }
+
+    #[test]
+    fn many_queries_are_computed_on_tensor_cores() {
+        let latent = |rank, rope_dim| SlotLayout::Latent { rank, rope_dim };
+        let size = |heads, layout| {
+            let plan = half(&problem(layout, heads, 3, 1000)).unwrap();
+            plan.shape.matrices.map(|m| [m.m, m.n, m.k])
+        };
+        // As few rows for nothing as may be, and then squares.
+        assert_eq!(size(8, latent(256, 32)), Some([8, 32, 16]));
+        assert_eq!(size(16, latent(512, 64)), Some([16, 16, 16]));
+        assert_eq!(size(17, latent(256, 32)), Some([8, 32, 16]));
+        // Values of 48 channels are not whole matrices of 32 columns.
+        assert_eq!(size(8, latent(48, 16)), Some([16, 16, 16]));
+        // Too few heads of a key, and widths that leave something over.
+        let dense = SlotLayout::Dense {
+            kv_heads: 8,
+            head_dim: 128,
+        };
+        assert_eq!(size(32, dense), None);
+        assert_eq!(size(8, latent(250, 32)), None);
+        // 32 bits are computed with as they are.
+        let wide = problem(latent(256, 32), 8, 3, 1000);
+        let plan = DecodePlan::new(&wide, None, TYPES, &nvidia()).unwrap();
+        assert_eq!(plan.shape.matrices, None);
+    }
+
+    #[test]
+    fn products_fit_each_other_and_the_memory() {
+        let mut count = 0;
+        for heads in 1..=64 {
+            for rank in (16..=512).step_by(16) {
+                let layouts = [
+                    SlotLayout::Latent { rank, rope_dim: 32 },
+                    SlotLayout::Dense {
+                        kv_heads: 1,
+                        head_dim: rank,
+                    },
+                ];
+                for layout in layouts {
+                    let beams = DecodeProblem {
+                        common: [&[0][..], &[900; 9]].concat(),
+                        ..problem(layout, heads, 10, 1000)
+                    };
+                    let Ok(plan) = half(&beams) else { continue };
+                    let s = plan.shape;
+                    let Some(m) = s.matrices else { continue };
+                    count += 1;
+                    let [keys, values, values_at] =
+                        [s.key_width, s.value_width, s.values_at].map(|width| width * s.vector);
+                    assert!(keys.is_multiple_of(m.k) && values.is_multiple_of(m.n));
+                    assert!(values_at.is_multiple_of(m.n));
+                    assert!(s.tile.is_multiple_of(m.n) && s.tile.is_multiple_of(m.k));
+                    assert!(m.queries >= s.queries() && m.queries.is_multiple_of(m.m));
+                    assert!(m.query_line >= s.key_width && m.tile_line >= s.tile_width);
+                    let bytes = [m.query_line, m.tile_line].map(|line| 2 * s.vector * line);
+                    assert!(bytes.iter().all(|line| line % 64 == 32), "{bytes:?}");
+                    let planes = s.units / m.plane;
+                    assert!(s.sum_queries * s.sum_groups * m.m >= m.queries);
+                    assert!(s.sum_vectors * s.sum_columns * m.n >= values);
+                    assert!(s.sum_groups * s.sum_columns <= planes);
+                    assert!(s.scratch >= planes * m.m * m.n && s.scratch >= s.units);
+                    assert!(s.scratch >= m.splits * m.queries * s.tile);
+                    assert!(m.splits >= 1 && m.splits * m.k <= keys);
+                    assert!(s.lanes <= m.plane && s.tile.is_multiple_of(s.lanes));
+                    assert!(s.sums() <= SUMS, "{s:?}");
+                    let halves = (m.queries * m.query_line + s.tile * m.tile_line) * s.vector;
+                    let halves = halves + m.queries * s.tile;
+                    let words = s.scratch + 4 * m.queries + 1 + s.team;
+                    assert!(2 * halves + 4 * words <= 128 * 1024, "{s:?}");
+                }
+            }
+        }
+        assert!(count > 1000, "{count}");
     }
 
     #[test]

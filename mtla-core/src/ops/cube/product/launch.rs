@@ -13,8 +13,13 @@ use super::{
     kernel::{PlacesLaunch, product_kernel},
 };
 
-/// Rows, at most: with more, Burn's own products win, and where they use tensor cores, they do from few on.
-const ROWS: usize = 128;
+/// Rows, at most: with more, Burn's own products win, and where they use tensor cores, they do from few on. Browsers
+/// compile at every visit, and Burn's take them long.
+const ROWS: usize = if cfg!(target_family = "wasm") {
+    128
+} else {
+    24
+};
 const ROWS_BESIDE_TENSOR_CORES: usize = 8;
 /// Rows that a cube computes together.
 const ROWS_AT_ONCE: usize = 4;
