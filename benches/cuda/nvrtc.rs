@@ -13,7 +13,7 @@ use walkdir::WalkDir;
 /// The library, and the headers that go with it.
 pub(crate) struct Nvrtc {
     library: Library,
-    include: PathBuf,
+    include: Vec<PathBuf>,
 }
 
 /// What the assembler says of a kernel.
@@ -30,14 +30,14 @@ pub(crate) struct Usage {
 impl Nvrtc {
     /// Loads `libnvrtc` from anywhere below a directory: a CUDA toolkit, or a Python environment with NVIDIA's packages.
     pub(crate) fn load(directory: &Path) -> anyhow::Result<Self> {
-        let find = |what: &str, is_it: &dyn Fn(&str) -> bool| -> anyhow::Result<PathBuf> {
+        let find = |what: &str, is_it: &dyn Fn(&Path) -> bool| -> anyhow::Result<PathBuf> {
             WalkDir::new(directory)
                 .follow_links(true)
                 .sort_by_file_name()
                 .into_iter()
                 .filter_map(Result::ok)
-                .find(|entry| entry.file_name().to_str().is_some_and(is_it))
                 .map(walkdir::DirEntry::into_path)
+                .find(|path| is_it(path))
                 .with_context(|| {
                     format!(
                         "no {what} below {}: see docs/kernel.md",
@@ -45,18 +45,23 @@ impl Nvrtc {
                     )
                 })
         };
-        let library = find("libnvrtc.so", &|name| name.starts_with("libnvrtc.so"))?;
-        let header = find("cuda_fp16.h", &|name| name == "cuda_fp16.h")?;
+        let is_library = |path: &Path| {
+            let name = path.file_name().and_then(|name| name.to_str());
+            name.is_some_and(|name| name.starts_with("libnvrtc.so"))
+        };
+        let library = find("libnvrtc.so", &is_library)?;
+        // Headers come in several packages, each in a directory of its own.
+        let mut include = Vec::new();
+        for header in ["cuda_fp16.h", "crt/mma.h"] {
+            let path = find(header, &|path| path.ends_with(header))?;
+            let depth = Path::new(header).components().count();
+            include.extend(path.ancestors().nth(depth).map(Path::to_owned));
+        }
+        include.push(include[0].join("cccl"));
         // SAFETY: NVIDIA's library, which does nothing when it is loaded.
         let library = unsafe { Library::new(&library) }
             .with_context(|| format!("loading {}", library.display()))?;
-        Ok(Self {
-            library,
-            include: header
-                .parent()
-                .context("a file without a directory")?
-                .into(),
-        })
+        Ok(Self { library, include })
     }
 
     pub(crate) fn version(&self) -> anyhow::Result<String> {
@@ -74,13 +79,14 @@ impl Nvrtc {
     pub(crate) fn compile(&self, source: &str, architecture: &str) -> anyhow::Result<Usage> {
         let options = [
             format!("--gpu-architecture={architecture}"),
-            format!("--include-path={}", self.include.display()),
-            format!("--include-path={}", self.include.join("cccl").display()),
             "-lineinfo".into(),
             "--ptxas-options=--verbose".into(),
         ];
+        let include = self.include.iter();
+        let include = include.map(|path| format!("--include-path={}", path.display()));
         let options = options
             .into_iter()
+            .chain(include)
             .map(CString::new)
             .collect::<Result<Vec<_>, _>>()?;
         let options: Vec<_> = options.iter().map(|option| option.as_ptr()).collect();
