@@ -79,18 +79,11 @@ const EVEN_BEAMS: Size = Size {
 impl Case {
     fn new(seed: u64, size: &Size) -> Self {
         let mut n = Numbers::new(seed);
-        let layout = if size.even {
-            even_layout(&mut n)
+        let (layout, heads) = if size.even {
+            even_widths(&mut n)
         } else {
-            layout(&mut n)
+            widths(&mut n)
         };
-        let several: &[usize] = if size.even {
-            &[8, 8, 9, 12, 16, 32]
-        } else {
-            &[1, 1, 2, 3, 4, 5, 8, 12, 16, 32]
-        };
-        let heads = layout.kv_heads() * pick(&mut n, several);
-        let heads = if heads > 32 { layout.kv_heads() } else { heads };
         let gated = matches!(layout, SlotLayout::Latent { .. }) && n.below(8) > 0;
         let stride = if gated { 1 + n.below(5) } else { 1 };
         let width = layout.width();
@@ -227,8 +220,9 @@ fn pick<T: Copy>(n: &mut Numbers, of: &[T]) -> T {
     of[n.below(of.len())]
 }
 
-fn layout(n: &mut Numbers) -> SlotLayout {
-    match n.below(4) {
+/// A layout, and heads for it.
+fn widths(n: &mut Numbers) -> (SlotLayout, usize) {
+    let layout = match n.below(4) {
         0 => SlotLayout::Dense {
             kv_heads: pick(n, &[1, 2, 3, 4, 8]),
             head_dim: pick(n, &[7, 16, 30, 32, 64, 128]),
@@ -242,11 +236,14 @@ fn layout(n: &mut Numbers) -> SlotLayout {
             rank: pick(n, &[16, 32, 64, 128, 192, 256, 384, 512]),
             rope_dim: pick(n, &[8, 16, 32, 64]),
         },
-    }
+    };
+    let heads = layout.kv_heads() * pick(n, &[1, 1, 2, 3, 4, 5, 8, 12, 16, 32]);
+    let heads = if heads > 32 { layout.kv_heads() } else { heads };
+    (layout, heads)
 }
 
-fn even_layout(n: &mut Numbers) -> SlotLayout {
-    match n.below(4) {
+fn even_widths(n: &mut Numbers) -> (SlotLayout, usize) {
+    let layout = match n.below(4) {
         0 => SlotLayout::Dense {
             kv_heads: pick(n, &[1, 2, 4]),
             head_dim: pick(n, &[16, 48, 64, 128]),
@@ -255,7 +252,9 @@ fn even_layout(n: &mut Numbers) -> SlotLayout {
             rank: pick(n, &[16, 48, 64, 128, 256, 512]),
             rope_dim: pick(n, &[0, 16, 32, 64]),
         },
-    }
+    };
+    let heads = layout.kv_heads() * pick(n, &[8, 8, 9, 12, 16, 32]);
+    (layout, heads)
 }
 
 /// The rotation of most steps whose channels are pairs.

@@ -81,19 +81,7 @@ pub(super) fn decode_by_matrices<F: Float, P: Float, I: Int, O: Float, N: Size>(
         of.largest[query] = LOWEST;
         of.totals[query] = 0.0;
     }
-    for i in range_stepped(unit, comptime!(m.queries * shape.key_width), shape.units) {
-        let query = i / shape.key_width;
-        let channel = i % shape.key_width;
-        let mut held = Vector::<P, N>::new(P::from_int(0));
-        if query < comptime!(shape.queries()) {
-            let batch = min(team.row_of(query, shape), rows - 1);
-            let place = (batch * comptime!(shape.heads * shape.kv_heads)
-                + team.head_of(query, shape))
-                * shape.key_width;
-            held = Vector::cast_from(turned(q, place + channel, batch, channel, rotary, shape));
-        }
-        queries[query * m.query_line + channel] = held;
-    }
+    load_queries(q, rotary, &mut queries, &team, shape, m);
     let place = Place::new(unit, shape, m);
     let mut sums = Sequence::<cmma::Matrix<f32>>::new();
     #[unroll]
@@ -137,45 +125,7 @@ pub(super) fn decode_by_matrices<F: Float, P: Float, I: Int, O: Float, N: Size>(
         sync_cube();
     }
 
-    let vectors = comptime!(m.n / shape.vector);
-    #[unroll]
-    for h in 0..shape.sum_queries {
-        #[unroll]
-        for v in 0..shape.sum_vectors {
-            let from = place.scratch;
-            let to = from + comptime!(m.m * m.n);
-            cmma::store(
-                &mut scratch.slice_mut(from, to),
-                sums.index(comptime!(h * shape.sum_vectors + v)),
-                comptime!(m.n as u32),
-                MatrixLayout::RowMajor,
-            );
-            sync_cube();
-            if place.has(h, v, shape, m) {
-                for i in range_stepped(place.lane, comptime!(m.m * vectors), m.plane) {
-                    let query = place.query(h, shape, m) + i / vectors;
-                    let vector = place.column(v, shape) * vectors + i % vectors;
-                    let mut found = Vector::<f32, N>::new(0.0);
-                    #[unroll]
-                    for e in 0..shape.vector {
-                        found[e] = scratch[from + i * shape.vector + e];
-                    }
-                    if query < comptime!(shape.queries()) {
-                        team.write(
-                            out,
-                            query,
-                            vector,
-                            found,
-                            of.largest[query],
-                            of.totals[query],
-                            shape,
-                        );
-                    }
-                }
-            }
-            sync_cube();
-        }
-    }
+    write(&sums, out, &mut scratch, &of, &team, &place, shape, m);
 }
 
 /// Which of the sums a plane keeps: matrices of the same channels and of every `sum_groups`-th lot of queries.
@@ -231,6 +181,31 @@ impl Place {
         let query = (self.group + comptime!(h * shape.sum_groups)) * m.m;
         let columns = comptime!(shape.value_width * shape.vector / m.n);
         self.group < shape.sum_groups && query < m.queries && self.column(v, shape) < columns
+    }
+}
+
+/// Brings the queries of the team to shared memory, turned, with zeros behind them.
+#[cube]
+fn load_queries<F: Float, P: Float, N: Size>(
+    q: &Tensor<Vector<F, N>>,
+    rotary: &ComptimeOption<Tensor<Vector<f32, N>>>,
+    queries: &mut SharedMemory<Vector<P, N>>,
+    team: &Team,
+    #[comptime] shape: Shape,
+    #[comptime] m: Matrices,
+) {
+    let unit = UNIT_POS as usize;
+    for i in range_stepped(unit, comptime!(m.queries * shape.key_width), shape.units) {
+        let query = i / shape.key_width;
+        let channel = i % shape.key_width;
+        let mut held = Vector::<P, N>::new(P::from_int(0));
+        if query < comptime!(shape.queries()) {
+            let row = min(team.row_of(query, shape), team.rows - 1);
+            let heads = comptime!(shape.heads * shape.kv_heads);
+            let place = (row * heads + team.head_of(query, shape)) * shape.key_width;
+            held = Vector::cast_from(turned(q, place + channel, row, channel, rotary, shape));
+        }
+        queries[query * m.query_line + channel] = held;
     }
 }
 
@@ -460,6 +435,51 @@ fn sum<P: Float, N: Size>(
                     }
                 }
             }
+        }
+    }
+}
+
+/// Writes the sums of all queries.
+#[cube]
+fn write<O: Float, N: Size>(
+    sums: &Sequence<cmma::Matrix<f32>>,
+    out: &mut Tensor<Vector<O, N>>,
+    scratch: &mut SharedMemory<f32>,
+    of: &Weighing,
+    team: &Team,
+    place: &Place,
+    #[comptime] shape: Shape,
+    #[comptime] m: Matrices,
+) {
+    let vectors = comptime!(m.n / shape.vector);
+    #[unroll]
+    for h in 0..shape.sum_queries {
+        #[unroll]
+        for v in 0..shape.sum_vectors {
+            let from = place.scratch;
+            cmma::store(
+                &mut scratch.slice_mut(from, from + comptime!(m.m * m.n)),
+                sums.index(comptime!(h * shape.sum_vectors + v)),
+                comptime!(m.n as u32),
+                MatrixLayout::RowMajor,
+            );
+            sync_cube();
+            if place.has(h, v, shape, m) {
+                for i in range_stepped(place.lane, comptime!(m.m * vectors), m.plane) {
+                    let query = place.query(h, shape, m) + i / vectors;
+                    let vector = place.column(v, shape) * vectors + i % vectors;
+                    let mut found = Vector::<f32, N>::new(0.0);
+                    #[unroll]
+                    for e in 0..shape.vector {
+                        found[e] = scratch[from + i * shape.vector + e];
+                    }
+                    if query < comptime!(shape.queries()) {
+                        let (largest, total) = (of.largest[query], of.totals[query]);
+                        team.write(out, query, vector, found, largest, total, shape);
+                    }
+                }
+            }
+            sync_cube();
         }
     }
 }

@@ -368,9 +368,8 @@ fn check_types(types: Types, device: &DeviceProperties) -> Result<(), Unavailabl
 }
 
 /// Sizes for this many rows a team, and at most this many slots a tile and bytes of shared memory.
-fn shape(frame: &Frame, team: usize, mut tile: usize, memory: usize) -> Result<Shape, Unavailable> {
+fn shape(frame: &Frame, team: usize, tile: usize, memory: usize) -> Result<Shape, Unavailable> {
     let (layout, vector) = (frame.problem.layout, frame.vector);
-    let hardware = &frame.device.hardware;
     let kv_heads = layout.kv_heads();
     let heads = frame.problem.heads / kv_heads;
     let [key_width, value_width, slot_width] =
@@ -380,9 +379,7 @@ fn shape(frame: &Frame, team: usize, mut tile: usize, memory: usize) -> Result<S
         SlotLayout::Latent { .. } => (key_width, 0),
     };
 
-    let queries = team * heads;
-    let most_units = UNITS.min(hardware.max_units_per_cube as usize);
-    let available = memory.min(hardware.max_shared_memory_size);
+    let most_units = frame.device.hardware.max_units_per_cube as usize;
     let shape = Shape {
         vector,
         heads,
@@ -395,7 +392,7 @@ fn shape(frame: &Frame, team: usize, mut tile: usize, memory: usize) -> Result<S
         values_at,
         turn: frame.turn,
         gated: frame.types.gates.is_some() && matches!(layout, SlotLayout::Latent { .. }),
-        units: most_units,
+        units: UNITS.min(most_units),
         tile,
         block: 1,
         lanes: 1,
@@ -408,12 +405,27 @@ fn shape(frame: &Frame, team: usize, mut tile: usize, memory: usize) -> Result<S
         matrices: None,
         parts: false,
     };
-    if let Some(shape) = with_matrices(shape, frame, memory) {
-        return Ok(shape);
+    match with_matrices(shape, frame, memory) {
+        Some(shape) => Ok(shape),
+        None => with_units(shape, frame, memory),
     }
+}
+
+/// The same with sums of their own for all units.
+fn with_units(shape: Shape, frame: &Frame, memory: usize) -> Result<Shape, Unavailable> {
+    let Shape {
+        vector,
+        team,
+        key_width,
+        value_width,
+        tile_width,
+        mut tile,
+        ..
+    } = shape;
+    let queries = shape.queries();
     let units = (queries * value_width)
         .next_power_of_two()
-        .clamp(32, most_units);
+        .clamp(32, shape.units);
     let sum_columns = value_width.min(units);
     let sum_groups = units / sum_columns;
     let (sum_queries, sum_vectors) = (
@@ -425,6 +437,7 @@ fn shape(frame: &Frame, team: usize, mut tile: usize, memory: usize) -> Result<S
         return Err(Unavailable::Sums { sums, limit: SUMS });
     }
 
+    let available = memory.min(frame.device.hardware.max_shared_memory_size);
     let plane = plane_size(frame.device);
     let with_tile = |tile: usize| {
         let block = BLOCK.min(tile);
