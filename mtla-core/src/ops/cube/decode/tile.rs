@@ -32,14 +32,14 @@ impl TeamTiles {
 /// The team of a cube, and its key/value head.
 #[derive(CubeType, Clone, Copy)]
 pub(super) struct Team {
-    pub(super) first_row: usize,
+    first_row: usize,
     /// Of the whole step.
     pub(super) rows: usize,
-    pub(super) kv_head: usize,
+    kv_head: usize,
     /// Slots that all its rows begin with, those of new tokens not among them.
-    pub(super) common: usize,
+    common: usize,
     /// Tokens of a slot.
-    pub(super) stride: usize,
+    stride: usize,
 }
 
 #[cube]
