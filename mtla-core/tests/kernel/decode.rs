@@ -415,7 +415,7 @@ const ROUNDED: [f64; 2] = [2e-3, 5e-4];
 #[cfg_attr(feature = "autotune", ignore = "measures every case")]
 fn decode_is_the_plain_one() {
     let _alone = alone();
-    let [in_parts, _] = compare::<WgpuBare>("bare", 0..220, &SMALL, F32, CLOSE);
+    let [in_parts, _] = compare::<WgpuBare>("bare", 0..180, &SMALL, F32, CLOSE);
     assert!((20..200).contains(&in_parts), "both ways are taken");
     let [_, teams] = compare::<WgpuBare>("bare, beams", 2000..2060, &BEAMS, F32, CLOSE);
     assert!(teams >= 15, "{teams} of 60 read what rows share together");
@@ -437,14 +437,14 @@ fn with_and_without_planes_as_well() {
         "there would be none"
     );
     cube::use_planes(Planes::Always);
-    compare::<WgpuBare>("with planes", 0..60, &SMALL, F32, CLOSE);
+    compare::<WgpuBare>("with planes", 0..40, &SMALL, F32, CLOSE);
 }
 
 #[test]
 #[cfg_attr(feature = "autotune", ignore = "measures every case")]
 fn under_fusion_and_autodiff_as_well() {
     let _alone = alone();
-    compare::<Wgpu>("fusion", 0..60, &SMALL, F32, CLOSE);
+    compare::<Wgpu>("fusion", 0..40, &SMALL, F32, CLOSE);
     compare::<Autodiff<WgpuBare>>("autodiff", 60..80, &SMALL, F32, CLOSE);
     compare::<Autodiff<Wgpu>>("autodiff of fusion", 80..100, &SMALL, F32, CLOSE);
 }
