@@ -43,11 +43,12 @@ pub fn use_tensor_cores(use_them: bool) {
     TENSOR_CORES.store(use_them, Ordering::Relaxed);
 }
 
-/// The sizes `m`, `n` and `k` of products that the device computes by tensor cores, of matrices of this type with sums
-/// of 32 bits.
+/// The sizes `m`, `n` and `k` of products that the device computes by tensor cores, of matrices of this type, if it has 16
+/// bits, with sums of 32.
 pub(super) fn tensor_cores(dtype: DType, device: &DeviceProperties) -> Vec<[usize; 3]> {
     let one_size = device.hardware.plane_size_min == device.hardware.plane_size_max;
-    if !TENSOR_CORES.load(Ordering::Relaxed) || !one_size || plane_size(device) == 1 {
+    let has_planes = one_size && plane_size(device) > 1;
+    if !TENSOR_CORES.load(Ordering::Relaxed) || !has_planes || dtype.size() != 2 {
         return Vec::new();
     }
     let [operand, sum] = [dtype, DType::F32].map(StorageType::from);
@@ -55,7 +56,6 @@ pub(super) fn tensor_cores(dtype: DType, device: &DeviceProperties) -> Vec<[usiz
     sizes
         .filter(|of| [of.a_type, of.b_type] == [operand; 2] && of.cd_type == sum)
         .map(|of| [of.m, of.n, of.k].map(|size| size as usize))
-        .filter(|_| dtype.size() == 2)
         .collect()
 }
 

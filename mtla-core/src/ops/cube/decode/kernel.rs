@@ -27,7 +27,7 @@
 use burn_cubecl::cubecl;
 use cubecl::prelude::*;
 
-use super::{matrices::decode_by_matrices, plan::Shape, tile::TeamTiles, units::decode_by_units};
+use super::{matrices::decode_by_matrices, shape::Shape, tile::TeamTiles, units::decode_by_units};
 
 /// With one part a row, `out` is the result `[rows, heads, values]`; with several, what
 /// [`combine`](super::combine) makes the result of: `[rows, parts, heads, values + 2]`, the last two vectors being

@@ -25,15 +25,13 @@ use cubecl::{
 
 use super::{
     super::LOWEST,
-    plan::{Matrices, Shape},
+    shape::{LINE, Matrices, Shape},
     tile::{Team, TeamTiles, Tile, lanes_max, lanes_sum, turned},
 };
 
 /// By how much a score may exceed the one that weights are relative to: they are at most `e` to the power of this, about
 /// 3000, which 16 bits hold as exactly as 1.
 const RISE: f32 = 8.0;
-/// Bytes that matrices in shared memory are aligned to.
-const ALIGNMENT: usize = 32;
 
 /// The whole of [`decode_kernel`](super::kernel::decode_kernel), with a pool of the queries' type.
 #[cube]
@@ -57,12 +55,12 @@ pub(super) fn decode_by_matrices<F: Float, P: Float, I: Int, O: Float, N: Size>(
     let rows = q.shape(0);
 
     // Sums on their way to and from the registers of a plane, and before that scores, a matrix for each split.
-    let mut scratch = SharedMemory::<f32>::new_aligned(shape.scratch, ALIGNMENT);
+    let mut scratch = SharedMemory::<f32>::new_aligned(shape.scratch, LINE);
     let mut queries =
-        SharedMemory::<Vector<P, N>>::new_aligned(comptime!(m.queries * m.query_line), ALIGNMENT);
+        SharedMemory::<Vector<P, N>>::new_aligned(comptime!(m.queries * m.query_line), LINE);
     let mut tile =
-        SharedMemory::<Vector<P, N>>::new_aligned(comptime!(shape.tile * m.tile_line), ALIGNMENT);
-    let mut weights = SharedMemory::<P>::new_aligned(comptime!(m.queries * shape.tile), ALIGNMENT);
+        SharedMemory::<Vector<P, N>>::new_aligned(comptime!(shape.tile * m.tile_line), LINE);
+    let mut weights = SharedMemory::<P>::new_aligned(comptime!(m.queries * shape.tile), LINE);
     let mut gate_of = SharedMemory::<f32>::new(shape.team);
     let mut of = Weighing::new(m);
 

@@ -2,7 +2,8 @@
 //!
 //! * `kernel.rs` is the kernel, computed as in `units.rs` or, on tensor cores, as in `matrices.rs`, through tiles of
 //!   slots as in `tile.rs`; `combine.rs` is the one after it where rows have several parts;
-//! * `plan.rs` chooses sizes from problem and device, and knows what cannot run;
+//! * `plan.rs` chooses teams, tiles and parts from problem and device, `shape.rs` the sizes that follow, and they know
+//!   what cannot run;
 //! * `launch.rs` makes room for results and launches;
 //! * `tune.rs`, with the feature `autotune`, measures other plans as well and takes the fastest;
 //! * `fusion.rs` is the same under Burn's fusion.
@@ -13,6 +14,7 @@ mod kernel;
 mod launch;
 mod matrices;
 mod plan;
+mod shape;
 mod tile;
 #[cfg(all(feature = "autotune", not(target_family = "wasm")))]
 mod tune;
@@ -26,7 +28,8 @@ use super::{
     fallback::{self, KernelError, Unavailable},
 };
 use launch::{Step, launch};
-use plan::{DecodePlan, Types};
+use plan::DecodePlan;
+use shape::Types;
 #[cfg(all(feature = "autotune", not(target_family = "wasm")))]
 use tune::Plans;
 

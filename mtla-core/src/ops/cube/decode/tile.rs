@@ -11,7 +11,7 @@
 use burn_cubecl::cubecl;
 use cubecl::prelude::*;
 
-use super::plan::Shape;
+use super::shape::Shape;
 
 /// Tiles of slots that rows of a team have in common, and of a row's own, in the team that has most.
 #[derive(CubeType, CubeLaunch, Clone, Copy)]

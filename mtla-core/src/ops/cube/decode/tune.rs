@@ -18,7 +18,8 @@ use super::{
     },
     Operands,
     launch::Step,
-    plan::{DECODE_PLANS, DecodePlan, Types},
+    plan::{DECODE_PLANS, DecodePlan},
+    shape::Types,
 };
 use crate::rope::RotaryLayout;
 

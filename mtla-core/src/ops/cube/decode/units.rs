@@ -17,7 +17,7 @@ use cubecl::prelude::*;
 
 use super::{
     super::{LOWEST, across},
-    plan::Shape,
+    shape::Shape,
     tile::{Team, TeamTiles, Tile, lanes_sum, turned},
 };
 
